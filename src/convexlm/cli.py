@@ -1,0 +1,89 @@
+"""`convexlm VERB`: finds the verb's module, runs it, and turns its outcome into text or JSON and an exit code.
+
+A verb is a module in `convexlm.verbs` with `make_parser(prog)`, `run(args)` (returns the result as a JSON-ready dict)
+and `show(result, console)` (prints it for people). Modules are imported only when their verb is called, so that
+`--help` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from convexlm.errors import UserError
+from convexlm.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERBS = {
+    "demo": "train, decode and compare on the embedded corpus, in a few minutes on a CPU",
+    "run": "run a recipe from end to end, going on where it stopped",
+    "train": "fine-tune a model with an objective",
+    "decode": "translate or answer a file with a checkpoint",
+    "score": "score hypotheses with sacreBLEU",
+    "compare": "compare systems with a paired significance test",
+    "report": "write a run's report as one HTML page",
+}
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code (0 done, 2 the user's input is wrong, 1 anything else)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return EXIT_DONE
+    if words[0] in ("-V", "--version"):
+        print(f"convexlm {__version__}")
+        return EXIT_DONE
+    verb = words[0]
+    if verb not in VERBS:
+        return _refuse("convexlm", f"unknown verb `{verb}`; known: {', '.join(VERBS)}")
+    # Tokenizing before forking workers makes the tokenizers library warn at every start.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A reader that closes the pipe early (`| head`) is no error.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    module = importlib.import_module(f"convexlm.verbs.{verb}")
+    prog = f"convexlm {verb}"
+    try:
+        args = module.make_parser(prog).parse(words[1:])
+        result = module.run(args)
+    except UserError as error:
+        return _refuse(prog, str(error))
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
+        return EXIT_FAILED
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+    else:
+        from rich.console import Console
+
+        module.show(result, Console(highlight=False))
+    return EXIT_DONE
+
+
+def _refuse(prog: str, message: str) -> int:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
+    return (
+        "usage: convexlm VERB [options]\n\n"
+        "Fine-tune language models for the best answer instead of every answer, and test whether it helped.\n\n"
+        f"{verbs}\n\n"
+        "`convexlm VERB --help` lists a verb's options; `convexlm --version` prints the version."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
