@@ -97,9 +97,7 @@ def read_jsonl(path: str | Path, *, torn_last_line_ok: bool = False) -> Iterator
         except json.JSONDecodeError as error:
             if torn_last_line_ok and number == len(lines):
                 return
-            raise UserError(
-                f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})"
-            ) from None
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
         yield record
@@ -126,9 +124,7 @@ def read_text(path: str | Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it first"
-        ) from None
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it first") from None
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -20,9 +20,7 @@ class VerbParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, **kwargs: Any) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False, **kwargs)
-        self.add_argument(
-            "--config", metavar="FILE.yaml", help="read options from a YAML file; those given here win"
-        )
+        self.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file; those given here win")
         self.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
 
     def error(self, message: str) -> NoReturn:
