@@ -1,0 +1,84 @@
+"""Batches for `ConvexTrainer`: TRL's collator, with record weights, left padding, and whose row each token is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+WEIGHT, ROW = "token_weight", "row_index"
+
+
+@dataclass
+class ConvexCollator(DataCollatorForLanguageModeling):
+    """TRL's collator for language modeling, and two tensors that follow the tokens through padding and packing.
+
+    Adds to TRL's batch, both shaped like `input_ids`:
+
+    - `token_weight` (float32): the `weight` of the record that the token belongs to. Only if a record has one.
+    - `row_index` (int64): which example of the batch a token came from. Only for padding-free batches, whose
+      examples are flattened into one row.
+
+    With `padding_side="left"` rows are padded on the left and `position_ids` are given, so that a token has the
+    same position as without padding.
+    """
+
+    padding_side: str = "right"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths` and `weight`)."""
+        batch = super().torch_call(examples)
+        shape = batch["input_ids"].shape
+        lengths = [len(example["input_ids"]) for example in examples]
+        if any(example.get("weight") is not None for example in examples):
+            weights = [_token_weights(example, length) for example, length in zip(examples, lengths, strict=True)]
+            batch[WEIGHT] = _lay_out(weights, shape, self.padding_free)
+        if self.padding_free:
+            rows = [torch.full((length,), row, dtype=torch.int64) for row, length in enumerate(lengths)]
+            batch[ROW] = _lay_out(rows, shape, flat=True)
+        elif self.padding_side == "left":
+            _shift_to_the_right(batch, lengths)
+        return batch
+
+
+def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
+    weight = example.get("weight")
+    if isinstance(weight, (list, tuple)):  # a packed row carries one number a token
+        return torch.tensor(weight, dtype=torch.float32)
+    value = 1.0 if weight is None else float(weight)
+    check_weight(value)
+    return torch.full((length,), value, dtype=torch.float32)
+
+
+def check_weight(weight: float) -> None:
+    """Refuse a record's weight that is negative or not finite.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"a record's `weight` must be a finite number of at least 0, not {weight}")
+
+
+def _lay_out(values: list[torch.Tensor], shape: torch.Size, flat: bool) -> torch.Tensor:
+    """Values of each example's tokens in the layout of `input_ids`, 0 where that is padded."""
+    out = torch.zeros(shape, dtype=values[0].dtype)
+    if flat:
+        values = [torch.cat(values)]
+    for row, value in enumerate(values):
+        out[row, : len(value)] = value
+    return out
+
+
+def _shift_to_the_right(batch: dict[str, Any], lengths: list[int]) -> None:
+    """Move each row's padding from its end to its beginning, in place."""
+    for row, length in enumerate(lengths):
+        shift = batch["input_ids"].shape[1] - length
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 2:
+                batch[key][row] = value[row].roll(shift)
+    # Without these a model would count positions from the padding on.
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

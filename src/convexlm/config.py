@@ -1,0 +1,90 @@
+"""`ConvexConfig`: TRL's `SFTConfig` with an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from convexlm.objectives import Objective, get_objective
+
+
+@dataclass
+class ConvexConfig(SFTConfig):
+    """Every option of TRL's `SFTConfig` (and so of `TrainingArguments`), and which objective to minimise.
+
+    Where no precision is asked for, bf16 is used on devices that have it and float32 elsewhere (TRL asks for bf16
+    everywhere, which on many CPUs is slower than float32).
+
+    Raises:
+        ValueError: an unknown objective, a setting that it does not have, or a value outside its range.
+    """
+
+    # Options that may come as a JSON string from the command line.
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective_kwargs"]
+
+    objective: str = field(
+        default="convex",
+        metadata={"help": "Objective to minimise: `mle`, `convex`, `power`, `dft`, or one that you registered."},
+    )
+    k: float | None = field(
+        default=None,
+        metadata={"help": "Exponent k of `convex` (> 0) and `power` (0 < k <= 1); the objective's default if unset."},
+    )
+    level: str | None = field(
+        default=None,
+        metadata={"help": "`sequence`: a function of a sequence's mean log-probability; `token`: of each token's."},
+    )
+    length_weighting: str | None = field(
+        default=None,
+        metadata={"help": "`token`: a sequence counts by its target tokens; `sequence`: all count the same."},
+    )
+    mle_mix: float | None = field(
+        default=None,
+        metadata={"help": "Share a of maximum likelihood in the objective, from 0 to 1: (1-a) value(m) + a (-m)."},
+    )
+    k_warmup: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training steps over which k goes from its maximum-likelihood limit to k."},
+    )
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further settings of a registered objective, as JSON: '{\"temperature\": 2.0}'."},
+    )
+    padding_side: str = field(
+        default="right",
+        metadata={"help": "Side on which rows of a batch are padded, `right` or `left`; the loss is the same."},
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on the device, and refuse what no objective could honour."""
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = _device_has_bf16(self.use_cpu)
+        super().__post_init__()
+        self.build_objective()
+        if not 0.0 <= self.k_warmup <= 1.0:
+            raise ValueError(f"`k_warmup` is a share of the training steps, from 0 to 1, not {self.k_warmup}")
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"`padding_side` is `left` or `right`, not `{self.padding_side}`")
+
+    def build_objective(self) -> Objective:
+        """The objective that these options describe, at its full k."""
+        settings = {
+            name: getattr(self, name)
+            for name in ("k", "level", "length_weighting", "mle_mix")
+            if getattr(self, name) is not None
+        }
+        extra = self.objective_kwargs or {}
+        if not isinstance(extra, dict):
+            raise ValueError(f"`objective_kwargs` must be a JSON object, not {extra!r}")
+        if twice := set(settings) & set(extra):
+            raise ValueError(f"`{min(twice)}` is given both as an option and in `objective_kwargs`")
+        return get_objective(self.objective, **settings, **extra)
+
+
+def _device_has_bf16(use_cpu: bool) -> bool:
+    if use_cpu or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,335 @@
+"""Recipes: one YAML file says a whole experiment. Read, checked to the last key, and resolved here.
+
+    name: smoke
+    vars: {data_dir: ../shared/data}           # ${data_dir} anywhere below; `--set vars.data_dir=...` changes it
+    seeds: [1, 2]                              # every arm is trained once a seed
+    model: {model_name_or_path: ..., tokenizer: ..., config: {...}, use_peft: false, ...}
+    data: {dataset: FILE_OR_NAME, template: alpaca, max_records: null, eval_dataset: null}
+    train: {...}                               # options of ConvexConfig for all arms
+    arms: {mle: {objective: mle}, convex-k1: {objective: convex, k: 1.0, init_from: ARM}}
+    test_sets: [{name: ..., pairs: [de-en], sources: ..., references: ...}]
+    decode: {searches: [{num_beams: 4}], checkpoints: all, batch_size: 8, instruction: ...}
+    score: {metrics: [bleu, chrf]}
+    compare: {baseline: mle, n_samples: 1000, seed: 12345}
+
+`extends: OTHER.yaml` starts from another recipe (a path beside this one) and changes what is written here.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.options import load_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+SECTIONS: dict[str, set[str]] = {
+    "model": {"config", "tokenizer"},  # and the options of TRL's ModelConfig
+    "data": {"dataset", "template", "add_bos", "max_records", "eval_dataset", "num_records"},
+    "decode": {
+        *("searches", "checkpoints", "batch_size", "backend", "dtype", "device"),
+        *("instruction", "instruction_file"),
+    },
+    "score": {"metrics"},
+    "compare": {"baseline", "n_samples", "seed"},
+}
+TOP_LEVEL = {"name", "description", "extends", "vars", "seeds", "train", "arms", "test_sets", *SECTIONS}
+ARM_KEYS = {"init_from", "decode", "dataset"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training: a set of options, from the recipe's model or from where another arm ended."""
+
+    name: str
+    train: dict[str, Any]
+    init_from: str | None = None
+    decode: bool = True
+    dataset: Any = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `resolved` is the plain dict that the run folder keeps."""
+
+    name: str
+    resolved: dict[str, Any]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    test_sets: tuple[dict[str, Any], ...]
+    decode: dict[str, Any]
+    metrics: tuple[str, ...]
+    compare: dict[str, Any]
+    source: Path = field(default_factory=Path)
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        return str(self.compare["baseline"])
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, resolve and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` words, the value in YAML: `train.max_steps=10`, `vars.data_dir=/data`.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown or missing key, or a value that cannot be meant.
+    """
+    path = Path(path)
+    raw = _with_parents(path, ())
+    for word in overrides:
+        _override(raw, word)
+    raw = _substitute(raw, _variables(raw, path), str(path))
+    return check_recipe(raw, path)
+
+
+def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
+    """Turn a resolved mapping into a `Recipe`; every complaint names the file and the key."""
+
+    def wrong(text: str) -> UserError:
+        return UserError(f"{path}: {text}")
+
+    _only_known(raw, TOP_LEVEL, wrong, "key")
+    name = raw.setdefault("name", path.stem)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise wrong(f"`name` must be letters, digits, `.`, `_`, `+` or `-`, not {name!r}")
+    for section, known in SECTIONS.items():
+        value = raw.setdefault(section, {})
+        if not isinstance(value, dict):
+            raise wrong(f"`{section}` must be a mapping")
+        _only_known(value, known | (_model_options() if section == "model" else set()), wrong, f"key in `{section}`")
+    if not raw["data"].get("dataset"):
+        raise wrong("`data.dataset` is missing: a file, a hub name, or {kind: tinyworld, ...}")
+    if not raw["model"].get("model_name_or_path") and not raw["model"].get("config"):
+        raise wrong("`model` needs `model_name_or_path` (a checkpoint) or `config` (for a new model)")
+    if not isinstance(raw.setdefault("train", {}), dict):
+        raise wrong("`train` must be a mapping of training options")
+    arms = _check_arms(raw, wrong)
+    recipe = Recipe(
+        name=name,
+        resolved=raw,
+        arms=arms,
+        seeds=_check_seeds(raw.setdefault("seeds", [42]), wrong),
+        model=raw["model"],
+        data=raw["data"],
+        test_sets=_check_test_sets(raw.get("test_sets"), wrong),
+        decode=_check_decode(raw["decode"], wrong),
+        metrics=tuple(raw["score"].setdefault("metrics", ["bleu", "chrf"])),
+        compare=raw["compare"],
+        source=path,
+    )
+    decoded = [arm.name for arm in arms if arm.decode]
+    if not decoded:
+        raise wrong("every arm has `decode: false`, so there would be nothing to compare")
+    baseline = raw["compare"].setdefault("baseline", "mle" if "mle" in decoded else decoded[0])
+    if baseline not in decoded:
+        raise wrong(f"`compare.baseline` is `{baseline}`, which is no arm that is decoded: {', '.join(decoded)}")
+    raw["compare"].setdefault("n_samples", 1000)
+    raw["compare"].setdefault("seed", 12345)
+    return recipe
+
+
+def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
+    arms = raw.get("arms")
+    if not isinstance(arms, dict) or not arms:
+        raise wrong("`arms` is missing: a mapping such as {mle: {objective: mle}, convex: {objective: convex, k: 1}}")
+    known = _train_options()
+    for key in raw["train"]:
+        if key not in known:
+            raise wrong(f"unknown option `train.{key}`{_did_you_mean(key, known)}")
+    made: list[Arm] = []
+    for name, entry in arms.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise wrong(f"arm {name!r}: a name is letters, digits, `.`, `_`, `+` or `-`")
+        entry = {} if entry is None else entry
+        if not isinstance(entry, dict):
+            raise wrong(f"arm `{name}` must be a mapping of options")
+        for key in entry:
+            if key not in known | ARM_KEYS:
+                raise wrong(f"arm `{name}`: unknown option `{key}`{_did_you_mean(key, known | ARM_KEYS)}")
+        start = entry.get("init_from")
+        if start is not None and start not in [arm.name for arm in made]:
+            raise wrong(f"arm `{name}`: `init_from: {start}` names no arm that comes before it")
+        options = {**raw["train"], **{key: value for key, value in entry.items() if key not in ARM_KEYS}}
+        _check_objective(options, name, wrong)
+        made.append(Arm(name, options, start, bool(entry.get("decode", True)), entry.get("dataset")))
+    return tuple(made)
+
+
+def _check_objective(options: dict[str, Any], arm: str, wrong: Any) -> None:
+    from convexlm.objectives import get_objective
+
+    settings = {
+        key: options[key] for key in ("k", "level", "length_weighting", "mle_mix") if options.get(key) is not None
+    }
+    settings.update(options.get("objective_kwargs") or {})
+    try:
+        get_objective(options.get("objective", "convex"), **settings)
+    except (ValueError, TypeError) as error:
+        raise wrong(f"arm `{arm}`: {error}") from None
+
+
+def _check_seeds(seeds: Any, wrong: Any) -> tuple[int, ...]:
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        seeds = [seeds]
+    if not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) or isinstance(s, bool) for s in seeds):
+        raise wrong(f"`seeds` must be a list of whole numbers, not {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise wrong("`seeds` names a seed twice")
+    return tuple(seeds)
+
+
+def _check_test_sets(test_sets: Any, wrong: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(test_sets, list) or not test_sets:
+        raise wrong(
+            "`test_sets` is missing: a list such as [{name: newstest, pairs: [de-en], sources: ..., references: ...}]"
+        )
+    seen = set()
+    for entry in test_sets:
+        if not isinstance(entry, dict) or not NAME.fullmatch(str(entry.get("name", ""))):
+            raise wrong("each of `test_sets` is a mapping with a `name` of letters, digits, `.`, `_`, `+` or `-`")
+        pairs = entry.get("pairs")
+        if isinstance(pairs, str):
+            pairs = entry["pairs"] = [pairs]
+        if not isinstance(pairs, list) or not pairs:
+            raise wrong(f"test set `{entry['name']}`: `pairs` is missing, such as [de-en, en-de]")
+        for pair in pairs:
+            if (entry["name"], pair) in seen:
+                raise wrong(f"test set `{entry['name']}` has the pair {pair} twice")
+            seen.add((entry["name"], pair))
+    return tuple(test_sets)
+
+
+def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
+    from convexlm.decoding.search import Search
+
+    searches = decode.setdefault("searches", [{"num_beams": 1}, {"num_beams": 4}])
+    if not isinstance(searches, list) or not searches or not all(isinstance(entry, dict) for entry in searches):
+        raise wrong("`decode.searches` must be a list such as [{num_beams: 1}, {num_beams: 4}]")
+    names = []
+    for entry in searches:
+        try:
+            names.append(Search(**entry).name)
+        except (UserError, TypeError, ValueError) as error:
+            raise wrong(f"decode.searches: {error}") from None
+    if len(set(names)) < len(names):
+        raise wrong(f"two entries of `decode.searches` have one name ({', '.join(names)}); give one a `label`")
+    checkpoints = decode.setdefault("checkpoints", "last")
+    steps_ok = isinstance(checkpoints, list) and all(isinstance(step, int) and step > 0 for step in checkpoints)
+    if checkpoints not in ("last", "all") and not (steps_ok and checkpoints):
+        raise wrong(f"`decode.checkpoints` is `last`, `all` or a list of steps, not {checkpoints!r}")
+    if decode.get("instruction") and decode.get("instruction_file"):
+        raise wrong("give `decode.instruction` or `decode.instruction_file`, not both")
+    return decode
+
+
+def _with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `extends` goes in a circle")
+    raw = load_yaml(path)
+    if parent := raw.pop("extends", None):
+        raw.setdefault("name", path.stem)
+        return _merge(_with_parents(path.parent / str(parent), (*seen, path.resolve())), raw)
+    return raw
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings are merged key by key, but `arms` are replaced as a whole."""
+    out = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(out.get(key), dict) and isinstance(value, dict) and key != "arms"
+        out[key] = _merge(out[key], value) if both else copy.deepcopy(value)
+    return out
+
+
+def _override(raw: dict[str, Any], word: str) -> None:
+    import yaml
+
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {word}: expected dotted.key=value, such as train.max_steps=10")
+    *path, last = key.split(".")
+    place = raw
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {word}: `{part}` is no mapping in this recipe")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {word}: the value is not valid YAML") from None
+
+
+def _variables(raw: dict[str, Any], path: Path) -> dict[str, str]:
+    values = raw.get("vars") or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: `vars` must be a mapping")
+    return {str(key): str(value) for key, value in values.items()}
+
+
+def _substitute(value: Any, variables: Mapping[str, str], where: str) -> Any:
+    """Replace `${name}` in every string by the variable's value."""
+    if isinstance(value, dict):
+        return {key: _substitute(entry, variables, where) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_substitute(entry, variables, where) for entry in value]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        if match[1] not in variables:
+            raise UserError(
+                f"{where}: `${{{match[1]}}}` is not in `vars` ({', '.join(variables) or 'which is empty'})"
+            )
+        return variables[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", look_up, value)
+
+
+def _train_options() -> set[str]:
+    import dataclasses
+
+    from convexlm.config import ConvexConfig
+
+    # The run folder and the seeds are the pipeline's to set.
+    return {f.name for f in dataclasses.fields(ConvexConfig) if f.init} - {"output_dir", "seed"}
+
+
+def _model_options() -> set[str]:
+    import dataclasses
+
+    from trl import ModelConfig
+
+    return {f.name for f in dataclasses.fields(ModelConfig) if f.init}
+
+
+def _only_known(mapping: Mapping[str, Any], known: set[str], wrong: Any, what: str) -> None:
+    for key in mapping:
+        if key not in known:
+            raise wrong(f"unknown {what}: `{key}`{_did_you_mean(str(key), known)}")
+
+
+def _did_you_mean(key: str, known: set[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) < 30 else ""
