@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from convexlm.errors import UserError
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A reader that closes the pipe early (`| head`) is no error.
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if not sys.warnoptions:
+        # What libraries will do in a later release is nothing that a user of this one can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     module = importlib.import_module(f"convexlm.verbs.{verb}")
     prog = f"convexlm {verb}"
     try:

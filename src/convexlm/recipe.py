@@ -5,7 +5,8 @@
     seeds: [1, 2]                              # every arm is trained once a seed
     model: {model_name_or_path: ..., tokenizer: ..., config: {...}, use_peft: false, ...}
     data: {dataset: FILE_OR_NAME, template: alpaca, max_records: null, eval_dataset: null}
-    train: {...}                               # options of ConvexConfig for all arms
+    train: {...}                               # options of ConvexConfig for all arms; `global_batch_size` sets
+                                               # gradient_accumulation_steps by the number of processes
     arms: {mle: {objective: mle}, convex-k1: {objective: convex, k: 1.0, init_from: ARM}}
     test_sets: [{name: ..., pairs: [de-en], sources: ..., references: ...}]
     decode: {searches: [{num_beams: 4}], checkpoints: all, batch_size: 8, instruction: ...}
@@ -226,7 +227,7 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     names = []
     for entry in searches:
         try:
-            names.append(Search(**entry).name)
+            names.append(Search.from_mapping(entry).name)
         except (UserError, TypeError, ValueError) as error:
             raise wrong(f"decode.searches: {error}") from None
     if len(set(names)) < len(names):
@@ -309,7 +310,8 @@ def _train_options() -> set[str]:
     from convexlm.config import ConvexConfig
 
     # The run folder and the seeds are the pipeline's to set.
-    return {f.name for f in dataclasses.fields(ConvexConfig) if f.init} - {"output_dir", "seed"}
+    options = {f.name for f in dataclasses.fields(ConvexConfig) if f.init} - {"output_dir", "seed"}
+    return options | {"global_batch_size"}
 
 
 def _model_options() -> set[str]:

@@ -17,7 +17,6 @@ import fcntl
 import importlib.metadata
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -27,6 +26,7 @@ from convexlm.files import json_sha256, read_text, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from convexlm.recipe import Recipe
 
@@ -59,6 +59,11 @@ class RunFolder:
     def data(self) -> Path:
         """What the recipe generated."""
         return self.path / "data"
+
+    @property
+    def references(self) -> Path:
+        """One line a (test set, pair): its reference streams."""
+        return self.data / "references.jsonl"
 
     @property
     def scores(self) -> Path:
@@ -96,7 +101,7 @@ class RunFolder:
             difference = _first_difference(_identity(theirs), _identity(recipe.resolved))
             if difference:
                 raise UserError(
-                    f"{self.path} belongs to another recipe: {difference}; choose another --run_dir, or delete the folder"
+                    f"{self.path} belongs to another recipe: {difference}; choose another --run_dir, or delete it"
                 )
             return
         if self.path.is_file():

@@ -1,8 +1,8 @@
 """`ConvexTrainer`: TRL's `SFTTrainer` with an objective, exact however the batch is split.
 
 What is TRL's stays TRL's: data preparation, packing, PEFT, the chunked LM head that yields the target tokens'
-log-probabilities without holding the logits. What differs is here: the loss is an objective of those log-probabilities,
-its normaliser is counted over the whole global batch (micro-batches and ranks), records may carry a `weight`, and the
+log-probabilities without holding the logits. What differs is here: the loss is an objective of them, its normaliser
+is counted over the whole global batch (micro-batches and ranks), records may carry a `weight`, and the
 statistics that are logged are sums over the same batch.
 """
 
@@ -57,8 +57,8 @@ class ConvexTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
             raise ValueError(
-                "context, sequence and tensor parallelism are not supported: they split a sequence over devices, and its "
-                "mean log-probability is not yet reduced over them; use FSDP, DeepSpeed ZeRO or DDP"
+                "context, sequence and tensor parallelism are not supported: they split a sequence over devices, and "
+                "its mean log-probability is not reduced over them; use FSDP, DeepSpeed ZeRO or DDP"
             )
         if kwargs.get("data_collator") is None:
             self.data_collator = ConvexCollator(
@@ -193,16 +193,13 @@ class ConvexTrainer(SFTTrainer):
         return warmed_up(self.objective, min(1.0, (self.state.global_step + 1) / warmup_steps))
 
     def _counts_in_evaluation(self, rows: Tensor | None, mask: Tensor) -> Tensor:
-        """False on records that a distributed evaluation sees twice, because the last batch was filled up with them."""
+        """False on records that a distributed evaluation sees twice, its last batch having been filled up."""
         state = self.accelerator.gradient_state
         everything = torch.ones(1, 1, dtype=torch.bool, device=mask.device)
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return everything
         first = self.accelerator.process_index * self.args.per_device_eval_batch_size
-        if rows is None:
-            rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
-        else:
-            rows = rows[:, 1:]
+        rows = torch.arange(mask.shape[0], device=mask.device)[:, None] if rows is None else rows[:, 1:]
         return everything & (first + rows < state.remainder)
 
     # -- what a user watches ------------------------------------------------------------------------------------------
@@ -250,7 +247,7 @@ class ConvexTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loop; loss and statistics are then those of the whole evaluation set, not a mean of batches'."""
+        """The Trainer's loop; loss and statistics are those of the whole evaluation set, not means over batches."""
         self._statistics["eval"] = None
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
@@ -273,16 +270,14 @@ def _refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, kw
             f"`loss_type={args.loss_type!r}` is TRL's; here the loss is chosen by `objective` (it has `dft`)"
         )
     if args.label_smoothing_factor:
-        raise ValueError(
-            "`label_smoothing_factor` is not supported: it needs the full logits; `mle_mix` is a softer target"
-        )
+        raise ValueError("`label_smoothing_factor` is not supported: it needs the full logits; consider `mle_mix`")
     if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
         raise ValueError(
-            "Liger's fused linear cross-entropy computes a loss of its own, so the objective would be ignored"
+            "Liger's fused linear cross-entropy computes a loss of its own; the objective would be ignored"
         )
     if not args.average_tokens_across_devices:
         raise ValueError(
-            "`average_tokens_across_devices=False` is not supported: every objective is normalised over the global batch"
+            "`average_tokens_across_devices=False` is not supported: objectives are normalised over the global batch"
         )
     packs = args.packing or args.eval_packing
     cuts = packs and args.packing_strategy != "bfd"
@@ -297,7 +292,7 @@ def _refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, kw
         )
     if cuts and objective.name == "mle" and objective.length_weighting == "sequence":
         raise ValueError(
-            f"`packing_strategy={args.packing_strategy!r}` cuts sequences, so they cannot be counted; use {WHOLE_SEQUENCES}"
+            f"`packing_strategy={args.packing_strategy!r}` cuts sequences, and can count none; use {WHOLE_SEQUENCES}"
         )
     if args.padding_side == "left" and (args.packing or args.padding_free):
         raise ValueError("`padding_side='left'` has no meaning without padding (`packing` or `padding_free`)")

@@ -1,0 +1,127 @@
+"""What a decoding backend is, and the registry of backends by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from convexlm.decoding.search import Search
+    from convexlm.tokenization import PromptSettings
+
+BACKENDS: dict[str, type[Backend]] = {}
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What a model generated after a prompt.
+
+    Attributes:
+        token_ids: the generated tokens, the EOS that ended them included, no padding.
+        log_prob: the sum of the model's own log-probabilities (natural logarithm) of `token_ids` given the prompt,
+            before any n-gram or length rule; None where a backend cannot tell.
+        finished: it ended in an EOS token, rather than being cut at `max_new_tokens`.
+    """
+
+    token_ids: list[int]
+    log_prob: float | None
+    finished: bool
+
+
+class Backend(ABC):
+    """A loaded model that turns token ids of prompts into hypotheses.
+
+    A subclass sets `tokenizer` and `max_length` in `load`, and implements `generate`. It imports optional libraries
+    in `load`, so that knowing its name costs nothing.
+    """
+
+    name: ClassVar[str] = ""
+    tokenizer: Any = None
+    max_length: int | None = None
+    """The most tokens of prompt and answer together that the model has positions for; None: no limit known."""
+
+    def check(self, search: Search) -> None:  # noqa: B027 - most backends can do every search
+        """Refuse a search that this backend cannot do exactly as asked; called before anything is loaded.
+
+        Raises:
+            UserError: naming the option and a backend that can.
+        """
+
+    @abstractmethod
+    def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
+        """Load model and tokenizer.
+
+        Args:
+            checkpoint: a folder that `check_checkpoint` accepts.
+            device: a torch device name (`cpu`, `cuda`, `cuda:1`).
+            dtype: `float32`, `bfloat16` or `float16`.
+            trust_remote_code: let the checkpoint run its own Python code.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
+        """The best hypothesis of each prompt, in their order; the same whatever else is in the batch.
+
+        Out of memory is left to the caller: any exception that accelerate's `should_reduce_batch_size` knows makes it
+        try again with half of the batch.
+        """
+
+    def encode(self, prompts: Sequence[str], settings: PromptSettings) -> list[list[int]]:
+        """The token ids of each prompt, as in training."""
+        from convexlm.tokenization import encode_prompts
+
+        return encode_prompts(self.tokenizer, prompts, settings)
+
+    def text(self, hypothesis: Hypothesis) -> str:
+        """The hypothesis as one line of text: no special tokens, newlines as spaces, outer blanks removed."""
+        from convexlm.tokenization import decode_text
+
+        return decode_text(self.tokenizer, hypothesis.token_ids)
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.tokenizer = None
+
+
+AnyBackend = TypeVar("AnyBackend", bound=type[Backend])
+
+
+def register_backend(name: str) -> Callable[[AnyBackend], AnyBackend]:
+    """Class decorator: make a `Backend` known under `name`."""
+
+    def register(backend: AnyBackend) -> AnyBackend:
+        if name in BACKENDS and BACKENDS[name].__qualname__ != backend.__qualname__:
+            raise ValueError(f"a decoding backend named {name!r} exists already")
+        backend.name = name
+        BACKENDS[name] = backend
+        return backend
+
+    return register
+
+
+def get_backend(name: str) -> type[Backend]:
+    """The backend class of that name.
+
+    Raises:
+        UserError: no such backend; the message lists those there are.
+    """
+    import importlib
+    import pkgutil
+
+    from convexlm.decoding import backends
+
+    # Every module beside this one may define a backend: adding one is adding a file.
+    for module in pkgutil.iter_modules(backends.__path__):
+        importlib.import_module(f"{backends.__name__}.{module.name}")
+    if name not in BACKENDS:
+        raise UserError(f"unknown decoding backend `{name}`; known: {', '.join(sorted(BACKENDS))}")
+    return BACKENDS[name]

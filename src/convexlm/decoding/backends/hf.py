@@ -1,0 +1,149 @@
+"""The `hf` backend: transformers' own `generate`, batched with left padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from convexlm.decoding.search import Search
+
+LOGITS_AT_ONCE = 1 << 28
+"""Logits that a scoring pass holds at most (1 GiB in float32); sentences are taken so few at a time."""
+
+
+@register_backend("hf")
+class HuggingFaceBackend(Backend):
+    """Greedy and beam search by transformers.
+
+    Of the checkpoint's own generation config only the EOS ids are kept (together with the tokenizer's): its sampling
+    settings must not leak into a search that says nothing of them.
+    """
+
+    model: Any = None
+    eos_ids: list[int]
+    pad_id: int
+
+    def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
+        """Load model and tokenizer; an adapter folder is put on its base model through PEFT."""
+        import torch
+        from transformers import GenerationConfig
+
+        from convexlm.decoding.loading import load_model, load_tokenizer
+
+        self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        self.model = load_model(checkpoint, device, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        own = self.model.generation_config.eos_token_id
+        self.eos_ids = _as_ids(self.tokenizer.eos_token_id, own)
+        pad = _as_ids(self.tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
+        # Padding is masked everywhere, so any id will do where the tokenizer has none of its own.
+        self.pad_id = (pad or self.eos_ids or [0])[0]
+        # `generate` fills what a config leaves unset from the model's, so the model's must say nothing.
+        self.model.generation_config = GenerationConfig()
+        self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
+        """The best hypothesis of each prompt, with the model's log-probability from a separate scoring pass."""
+        import torch
+        from transformers import LogitsProcessorList
+
+        from convexlm.decoding.ngrams import NoRepeatNgrams
+
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = search.to_generation_config(eos_token_id=self.eos_ids or None, pad_token_id=self.pad_id)
+        processors = LogitsProcessorList()
+        if search.no_repeat_ngram_size:
+            # Ours does not take padding for text, as transformers' does, so a batch's other prompts change nothing.
+            config.no_repeat_ngram_size = None
+            processors.append(NoRepeatNgrams(search.no_repeat_ngram_size, mask, search.num_beams))
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=config,
+                logits_processor=processors,
+            )
+            answers = [self._trim(row) for row in output[:, width:].tolist()]
+            del output
+            log_probs = self._score(prompts, answers)
+        eos = set(self.eos_ids)
+        return [
+            Hypothesis(answer, log_prob, bool(answer) and answer[-1] in eos)
+            for answer, log_prob in zip(answers, log_probs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free the model's memory, on the device too."""
+        from accelerate.utils import release_memory
+
+        super().close()
+        self.model = release_memory(self.model)[0]
+
+    def _trim(self, row: list[int]) -> list[int]:
+        """Cut what `generate` filled in after the first EOS."""
+        for position, token in enumerate(row):
+            if token in self.eos_ids:
+                return row[: position + 1]
+        return row
+
+    def _score(self, prompts: Sequence[list[int]], answers: list[list[int]]) -> list[float]:
+        """The sum of log-probabilities of each answer given its prompt.
+
+        One teacher-forced pass. The scores that a search returns have its n-gram rule and its length penalty in them,
+        and those of all its steps would have to be held; this costs about as much as one prompt.
+        """
+        scores: list[float] = []
+        vocabulary = self.model.config.get_text_config().vocab_size
+        start = 0
+        while start < len(prompts):
+            rows, longest, shortest = 0, 0, len(prompts[start])
+            for prompt, answer in zip(prompts[start:], answers[start:], strict=True):
+                longest = max(longest, len(prompt) + len(answer))
+                shortest = min(shortest, len(prompt))
+                if rows and (rows + 1) * (longest - shortest + 1) * vocabulary > LOGITS_AT_ONCE:
+                    break
+                rows += 1
+            scores += self._score_rows(prompts[start : start + rows], answers[start : start + rows])
+            start += rows
+        return scores
+
+    def _score_rows(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
+        import torch
+
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        width = max(map(len, rows))
+        # Padded on the right: under causal attention nothing sees it, and positions need no shift.
+        device = self.model.device
+        ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        kept = width - min(map(len, prompts)) + 1
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        first = width - logits.shape[1]  # a model that does not know `logits_to_keep` gives all
+        scores = []
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            begin = len(prompt) - 1 - first
+            own = logits[row, begin : begin + len(answer)].float()
+            scores.append(_sum_log_probs(own, ids[row, len(prompt) : len(prompt) + len(answer)]))
+        return scores
+
+
+def _sum_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Sum of log-softmax at the tokens: logits (T, V) float32, tokens (T,); added up in float64."""
+    chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return float(chosen.double().sum())
+
+
+def _as_ids(*values: int | list[int] | None) -> list[int]:
+    """All ids of some settings that may each be unset, one id or a list, each id once."""
+    ids: list[int] = []
+    for value in values:
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids))

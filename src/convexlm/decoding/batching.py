@@ -1,0 +1,93 @@
+"""Which sentences are decoded together, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from convexlm.decoding.search import Search
+
+TOKEN_BUDGET = 32768
+"""Tokens of a batch over all beams, prompt and longest possible answer: 16 GiB of cache for a 7B Llama in bfloat16."""
+
+MAX_SENTENCES = 128
+"""A batch's results are written when all of it is done, so a batch is also what a crash can lose."""
+
+Item = TypeVar("Item")
+
+
+def plan_batches(
+    lengths: Sequence[int], search: Search, batch_size: int | None = None, token_budget: int = TOKEN_BUDGET
+) -> list[list[int]]:
+    """Positions of all sentences in batches, those with the longest prompts first.
+
+    The plan depends on the whole job alone and not on what is done of it, so a run that was stopped decodes the rest
+    in the very batches an uninterrupted run would have: equal to the last bit of the log-probabilities.
+
+    Args:
+        lengths: the prompts' lengths in tokens.
+        search: its beams and its longest answer count towards the budget.
+        batch_size: sentences a batch; None: as many as the token budget allows.
+        token_budget: most tokens a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    batches: list[list[int]] = []
+    while order:
+        size = batch_size
+        if size is None:
+            tokens = (lengths[order[0]] + search.max_new_tokens) * search.num_beams
+            size = max(1, min(MAX_SENTENCES, token_budget // tokens))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+class Splitter:
+    """Runs batches, in halves from the moment memory runs out, and remembers the size that fitted.
+
+    Attributes:
+        largest: sentences a batch at most; None until memory has run out.
+    """
+
+    def __init__(self) -> None:
+        self.largest: int | None = None
+
+    def run(
+        self, batch: Sequence[int], generate: Callable[[Sequence[int]], list[Item]]
+    ) -> Iterator[tuple[Sequence[int], list[Item]]]:
+        """Yield (part of the batch, its results) until all of it is done.
+
+        Raises:
+            UserError: memory does not suffice for a single sentence.
+        """
+        rest = list(batch)
+        while rest:
+            part = rest[: self.largest or len(rest)]
+            results = _unless_out_of_memory(part, generate)
+            if results is None:
+                if len(part) == 1:
+                    raise UserError(
+                        "out of memory with one sentence at a time; use fewer beams, fewer max_new_tokens or a "
+                        "smaller dtype"
+                    )
+                self.largest = len(part) // 2
+                continue
+            yield part, results
+            rest = rest[len(part) :]
+
+
+def _unless_out_of_memory(part: Sequence[int], generate: Callable[[Sequence[int]], list[Item]]) -> list[Item] | None:
+    try:
+        return generate(part)
+    except (RuntimeError, MemoryError) as error:
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+    # Out of the except block, where the error no longer holds the failed batch's tensors.
+    clear_device_cache(garbage_collection=True)
+    return None

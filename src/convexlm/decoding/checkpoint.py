@@ -1,0 +1,164 @@
+"""A checkpoint folder: is it one, what is its hash, how were its prompts made. Reads files only, loads nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from convexlm.errors import UserError
+from convexlm.files import file_sha256, json_sha256, read_text
+
+# Everything that can change what a checkpoint answers; optimizer states and logs are not among it.
+_PATTERNS = (
+    *("*.safetensors", "*.safetensors.index.json", "*config.json"),
+    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "chat_template*"),
+)
+_NAMES = ("convexlm.json", "special_tokens_map.json", "added_tokens.json")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_checkpoint(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or a hub name (`owner/model`) out of the hub's cache or fetched.
+
+    Raises:
+        UserError: neither a folder with a model in it nor a hub name that can be had.
+    """
+    path = Path(name_or_path)
+    if not path.exists() and isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name_or_path):
+        path = _from_hub(name_or_path, revision)
+    check_checkpoint(path)
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_PATTERNS, *_NAMES]
+    try:
+        try:
+            folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+        except Exception:  # not in the cache: the hub's own errors are many, and all mean "fetch it"
+            folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None
+    return Path(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter rather than a whole model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a folder that holds no model, before anything heavy starts.
+
+    Raises:
+        UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded).
+    """
+    if not folder.exists():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, expected a checkpoint folder")
+    if is_adapter(folder):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors)")
+        return
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        hint = f"; did you mean {folder / inner[-1]}?" if inner else ""
+        raise UserError(f"{folder}: not a checkpoint folder (it has no config.json){hint}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing or not shards:
+            raise UserError(f"{folder}: weights missing ({', '.join(missing[:3]) or 'an empty index'})")
+    elif not (folder / "model.safetensors").is_file():
+        pickles = any(folder.glob("pytorch_model*.bin"))
+        hint = "; its .bin files are pickles: save it again as safetensors, with save_pretrained" if pickles else ""
+        raise UserError(f"{folder}: weights missing (no model.safetensors){hint}")
+
+
+def base_of_adapter(folder: Path) -> Path:
+    """The folder of the base model that an adapter was trained on.
+
+    Raises:
+        UserError: the adapter does not name one, or it cannot be found.
+    """
+    name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: adapter_config.json does not name its base model (base_model_name_or_path)")
+    try:
+        return find_checkpoint(name)
+    except UserError as error:
+        raise UserError(f"{folder}: the base model of this adapter cannot be used: {error}") from None
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """One hash over weights, configs, tokenizer and prompt settings: two equal ones answer alike.
+
+    The folder's name is not in it. An adapter's includes its base model's.
+    """
+    files = {path.name for pattern in (*_PATTERNS, *_NAMES) for path in folder.glob(pattern) if path.is_file()}
+    hashes = {name: file_sha256(folder / name) for name in sorted(files)}
+    if is_adapter(folder):
+        hashes["base model"] = checkpoint_sha256(base_of_adapter(folder))
+    return json_sha256(hashes)
+
+
+def has_prompt_settings(folder: Path) -> bool:
+    """Whether the checkpoint says how the prompts it was trained on were made."""
+    settings = folder / "convexlm.json"
+    return settings.is_file() and "prompt" in _read_json(settings)
+
+
+def choose_device(device: str | None) -> str:
+    """The device asked for, or the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    if device in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    assert device is not None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"device `{device}` cannot be used here ({reason})") from None
+    return device
+
+
+def choose_dtype(folder: Path, device: str, dtype: str | None) -> str:
+    """The dtype asked for; else float32 on the CPU, and as the checkpoint was saved elsewhere.
+
+    Raises:
+        UserError: not one of float32, bfloat16, float16.
+    """
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in (None, "auto"):
+        if dtype not in known:
+            raise UserError(f"unknown dtype `{dtype}`; known: auto, {', '.join(known)}")
+        return str(dtype)
+    if device == "cpu":
+        return "float32"
+    config = _read_json((base_of_adapter(folder) if is_adapter(folder) else folder) / "config.json")
+    saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return saved if saved in known else "float32"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,96 @@
+"""Loading a checkpoint's model and tokenizer through transformers and PEFT, with failures in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
+from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
+
+
+def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer; an adapter saved without one has its base model's.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from convexlm import tokenization
+
+    own = not is_adapter(checkpoint) or any(checkpoint.glob("tokenizer*"))
+    folder = checkpoint if own else base_of_adapter(checkpoint)
+    return tokenization.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def load_model(checkpoint: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a checkpoint, in evaluation mode, from safetensors only.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
+            numbers in their place).
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
+    # Weights go straight to a GPU, without a copy of the model in main memory.
+    placement = {} if device == "cpu" else {"device_map": {"": device}}
+    model, report = _or_refuse(
+        f"{folder}: cannot be loaded as a causal language model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **placement,
+        ),
+    )
+    lacking = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
+    if lacking:
+        raise UserError(f"{folder}: its weights do not fit its config ({len(lacking)} missing, such as {lacking[0]})")
+    if is_adapter(checkpoint):
+        from peft import PeftModel
+
+        # Not merged: in bfloat16 a merged model is another one than was trained.
+        model = _or_refuse(
+            f"{checkpoint}: the adapter cannot be put on its base model {folder}",
+            lambda: PeftModel.from_pretrained(model, checkpoint, local_files_only=True, torch_device=device),
+        ).get_base_model()
+    return model.eval()
+
+
+def _or_refuse(what: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; its failure as one line. Running out of memory is passed on as it is."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        with _quiet():
+            return load()
+    except Exception as error:  # loaders raise OSError, ValueError, KeyError, SafetensorError, ... for a bad file
+        if should_reduce_batch_size(error) or isinstance(error, MemoryError):
+            raise
+        reason = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+        raise UserError(f"{what} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and notes about loading off stderr: what matters in them is checked and raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,290 @@
+"""From hypotheses to `scores.jsonl` and `comparison.json`: every score, and how sure it is which arm is better.
+
+Arms are compared at their last decoded checkpoint, over all test sets, directions and seeds at once (a paired
+bootstrap of the mean score), and with sacreBLEU's own paired bootstrap in every direction and seed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from convexlm.files import file_sha256, json_sha256, read_jsonl, write_atomic, write_jsonl
+from convexlm.pipeline import decoded_checkpoints
+from convexlm.scoring import Scorer, read_hypotheses
+from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from convexlm.recipe import Recipe
+    from convexlm.runs import RunFolder, TrainedRun
+    from convexlm.testsets import TestSet
+
+SCHEMA = 1
+MEASURES = {"mode_share": "is_mode", "valid_share": "is_valid"}  # of tinyworld, where the truth is known
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decode file, and what it holds."""
+
+    run: TrainedRun
+    checkpoint: str
+    test_set: TestSet
+    search: str
+    path: Path
+    hypotheses: list[str]
+
+    @property
+    def target_lang(self) -> str:
+        """The language code that is translated into."""
+        return self.test_set.pair.split("-")[1]
+
+
+def evaluate(
+    recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRun], test_sets: Sequence[TestSet]
+) -> dict[str, Any]:
+    """Score and compare whatever the run decoded; does nothing if both were done for the same files.
+
+    Returns:
+        What `comparison.json` holds: `baseline`, `checkpoints`, `searches`, `metrics`, `corpora`, `table` (one row a
+        search, metric and arm, over all corpora), `gaps` (greedy against beam search, an arm each) and `paired`
+        (sacreBLEU's test in every direction and seed).
+    """
+    decoded = _read(recipe, folder, runs, test_sets)
+    inputs = json_sha256(
+        [
+            SCHEMA,
+            recipe.compare,
+            recipe.metrics,
+            [[str(d.path.relative_to(folder.path)), file_sha256(d.path)] for d in decoded],
+        ]
+    )
+    if folder.comparison.exists() and folder.scores.exists():
+        known = json.loads(folder.comparison.read_text(encoding="utf-8"))
+        if known.get("inputs") == inputs:
+            return known
+    write_jsonl(folder.scores, _score_rows(recipe, decoded))
+    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded)}
+    write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
+    return comparison
+
+
+def _read(
+    recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRun], test_sets: Sequence[TestSet]
+) -> list[Decoded]:
+    from convexlm.decoding import Search
+
+    searches = [Search.from_mapping(options).name for options in recipe.decode["searches"]]
+    found = []
+    for run in runs:
+        if not recipe.arm(run.arm).decode:
+            continue
+        for checkpoint in decoded_checkpoints(recipe, folder, run):
+            for test_set in test_sets:
+                for search in searches:
+                    path = folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search)
+                    found.append(Decoded(run, checkpoint.name, test_set, search, path, read_hypotheses(path)))
+    return found
+
+
+def _score_rows(recipe: Recipe, decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
+    rows = []
+    scorers: dict[tuple[str, str], Scorer] = {}
+    for entry in decoded:
+        key = (entry.test_set.name, entry.test_set.pair)
+        if key not in scorers:
+            scorers[key] = Scorer(entry.test_set.references, entry.target_lang, recipe.metrics)
+        about = {
+            "arm": entry.run.arm,
+            "seed": entry.run.seed,
+            "checkpoint": entry.checkpoint,
+            "test_set": entry.test_set.name,
+            "pair": entry.test_set.pair,
+            "search": entry.search,
+        }
+        meta = json.loads(entry.path.with_suffix(".meta.json").read_text(encoding="utf-8"))
+        decoding = {key: meta.get(key) for key in ("cut", "seconds", "checkpoint_sha256", "sources_sha256")}
+        for score in scorers[key].score(entry.hypotheses, label=str(entry.path)):
+            rows.append(about | score.as_dict() | {"decoding": decoding})
+        for measure, values in _truth(entry).items():
+            rows.append(
+                about
+                | {"metric": measure, "score": sum(values) / len(values), "signature": "tinyworld|exact distribution"}
+                | {"num_sentences": len(values)}
+            )
+    return rows
+
+
+def _truth(entry: Decoded) -> dict[str, list[float]]:
+    """Per sentence, what only a corpus with a known distribution can tell; empty for any other test set."""
+    if entry.test_set.meta.get("kind") != "tinyworld":
+        return {}
+    from convexlm.tinyworld import judge
+
+    sentences = judge(entry.test_set.sources, entry.hypotheses, entry.test_set.pair)["sentences"]
+    return {measure: [float(sentence[key]) for sentence in sentences] for measure, key in MEASURES.items()}
+
+
+def _compare(recipe: Recipe, decoded: Sequence[Decoded]) -> dict[str, Any]:
+    last = _last_checkpoints(decoded)
+    final = [entry for entry in decoded if entry.checkpoint == last[entry.run.name]]
+    searches = list(dict.fromkeys(entry.search for entry in final))
+    arms = list(dict.fromkeys(entry.run.arm for entry in final))
+    arms.sort(key=lambda arm: arm != recipe.baseline)  # stable: the baseline first
+    settings = {"n_samples": int(recipe.compare["n_samples"]), "seed": int(recipe.compare["seed"])}
+    table: list[dict[str, Any]] = []
+    paired: list[dict[str, Any]] = []
+    for search in searches:
+        groups = _by_corpus([entry for entry in final if entry.search == search])
+        table += _scores_of(search, groups, arms, recipe.metrics, settings)
+        table += _measures_of(search, groups, arms, settings)
+        if len(arms) > 1:
+            for entries in groups:
+                paired += _paired(search, entries, arms, recipe.metrics, settings)
+    return {
+        "recipe": recipe.name,
+        "baseline": recipe.baseline,
+        "arms": arms,
+        "seeds": list(recipe.seeds),
+        "checkpoints": last,
+        "searches": searches,
+        "metrics": list(recipe.metrics),
+        "resampling": settings,
+        "corpora": _corpora(final),
+        "table": table,
+        "gaps": _gaps(final, arms, searches, recipe.metrics, settings),
+        "paired": paired,
+    }
+
+
+def _last_checkpoints(decoded: Sequence[Decoded]) -> dict[str, str]:
+    last: dict[str, str] = {}
+    for entry in decoded:
+        step = int(entry.checkpoint.rsplit("-", 1)[1])
+        if entry.run.name not in last or step > int(last[entry.run.name].rsplit("-", 1)[1]):
+            last[entry.run.name] = entry.checkpoint
+    return last
+
+
+def _by_corpus(entries: Sequence[Decoded]) -> list[dict[str, Decoded]]:
+    """For every (test set, pair, seed), the arms' decode files."""
+    groups: dict[tuple[str, str, int], dict[str, Decoded]] = {}
+    for entry in entries:
+        groups.setdefault((entry.test_set.name, entry.test_set.pair, entry.run.seed), {})[entry.run.arm] = entry
+    return list(groups.values())
+
+
+def _corpus(systems: dict[str, Decoded]) -> Corpus:
+    entry = next(iter(systems.values()))
+    return Corpus(
+        name=f"{entry.test_set.name} {entry.test_set.pair}, seed {entry.run.seed}",
+        target_lang=entry.target_lang,
+        systems={name: decoded.hypotheses for name, decoded in systems.items()},
+        references=entry.test_set.references,
+        group=f"{entry.test_set.name} {entry.test_set.pair}",
+    )
+
+
+def _scores_of(
+    search: str, groups: list[dict[str, Decoded]], arms: list[str], metrics: Sequence[str], settings: dict[str, int]
+) -> list[dict[str, Any]]:
+    seeds = [next(iter(group.values())).run.seed for group in groups]
+    if len(arms) == 1:
+        return [
+            {"search": search, "metric": metric, "arm": arms[0], "score": sum(scores) / len(scores)}
+            | {"by_seed": _by_seed(seeds, scores), "delta": None, "p_value": None, "p_two_sided": None}
+            for metric in metrics
+            for scores in [[_one_score(group[arms[0]], metric) for group in groups]]
+        ]
+    corpora = [_corpus({arm: group[arm] for arm in arms}) for group in groups]
+    rows = []
+    for row in joint_test(corpora, metrics, baseline=arms[0], **settings):
+        scores = [part["score"] for part in row.pop("corpora")]
+        rows.append({"search": search, **row, "arm": row["system"], "by_seed": _by_seed(seeds, scores)})
+    return [{key: value for key, value in row.items() if key != "system"} for row in rows]
+
+
+def _one_score(entry: Decoded, metric: str) -> float:
+    scorer = Scorer(entry.test_set.references, entry.target_lang, [metric])
+    return scorer.score(entry.hypotheses, label=str(entry.path))[0].score
+
+
+def _by_seed(seeds: list[int], scores: list[float]) -> dict[str, float]:
+    """The mean over corpora of each training seed, for the spread between seeds."""
+    out = {}
+    for seed in dict.fromkeys(seeds):
+        mine = [score for one, score in zip(seeds, scores, strict=True) if one == seed]
+        out[str(seed)] = sum(mine) / len(mine)
+    return out
+
+
+def _measures_of(
+    search: str, groups: list[dict[str, Decoded]], arms: list[str], settings: dict[str, int]
+) -> list[dict[str, Any]]:
+    truths = [{arm: _truth(group[arm]) for arm in arms} for group in groups]
+    if len(arms) < 2 or not all(truth[arms[0]] for truth in truths):
+        return []
+    seeds = [next(iter(group.values())).run.seed for group in groups]
+    labels = [_corpus(group).group for group in groups]
+    rows = []
+    for measure in MEASURES:
+        values = [{arm: truth[arm][measure] for arm in arms} for truth in truths]
+        for row in mean_difference_test(values, arms[0], groups=labels, **settings):
+            arm = row.pop("system")
+            means = [sum(value[arm]) / len(value[arm]) for value in values]
+            rows.append(
+                {"search": search, "metric": measure, "higher_is_better": True, **row}
+                | {"arm": arm, "by_seed": _by_seed(seeds, means)}
+            )
+    return rows
+
+
+def _paired(
+    search: str, entries: dict[str, Decoded], arms: list[str], metrics: Sequence[str], settings: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The paired bootstrap of sacreBLEU, on one corpus."""
+    entry = next(iter(entries.values()))
+    systems = {arm: entries[arm].hypotheses for arm in arms}
+    rows = paired_test(systems, entry.test_set.references, entry.target_lang, metrics, **settings)
+    about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
+    return [about | row for row in rows]
+
+
+def _gaps(
+    final: Sequence[Decoded], arms: list[str], searches: list[str], metrics: Sequence[str], settings: dict[str, int]
+) -> list[dict[str, Any]]:
+    """What each beam search gains over greedy search, an arm each: the gap that a sharper model closes."""
+    rows = []
+    for search in searches if "greedy" in searches else []:
+        if search == "greedy":
+            continue
+        for arm in arms:
+            corpora = []
+            for key in dict.fromkeys((e.test_set.name, e.test_set.pair, e.run.seed) for e in final):
+                systems = {
+                    e.search: e
+                    for e in final
+                    if e.run.arm == arm
+                    and (e.test_set.name, e.test_set.pair, e.run.seed) == key
+                    and e.search in ("greedy", search)
+                }
+                corpora.append(_corpus({"greedy": systems["greedy"], search: systems[search]}))
+            for row in joint_test(corpora, metrics, baseline="greedy", **settings):
+                if row["system"] == search:
+                    kept = ("metric", "delta", "delta_low", "delta_high", "p_value", "p_two_sided")
+                    rows.append({"arm": arm, "search": search, **{key: row[key] for key in kept}})
+    return rows
+
+
+def _corpora(final: Sequence[Decoded]) -> list[dict[str, Any]]:
+    seen = {(entry.test_set.name, entry.test_set.pair): len(entry.test_set.sources) for entry in final}
+    return [{"test_set": name, "pair": pair, "num_sentences": count} for (name, pair), count in seen.items()]
+
+
+def read_scores(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of `scores.jsonl`."""
+    return list(read_jsonl(folder.scores))

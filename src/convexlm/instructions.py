@@ -1,0 +1,348 @@
+r"""Instruction data: files, folders and hub names in several formats -> prompt and completion records.
+
+A format is recognised by the keys of a record, so a user never names it:
+
+| format | keys | the prompt |
+|---|---|---|
+| `alpaca` | `instruction`, `output`, often `input` | the template, filled |
+| `double_instruction` | `pre_instruction`, `post_instruction`, `output`, often `input` | the template, filled |
+| `prefix_text` | `prefix`, `text` (the reference's JSON Lines) | as it is; one final `</s>` of `text` is cut |
+| `prompt_completion` | `prompt`, `completion`, as text or as lists of messages (TRL) | as it is, or the messages |
+| `messages` | `messages`, the last one the assistant's (TRL) | the messages before the last |
+
+Any record may have a `weight` (default 1). Text is never changed: an answer with blanks around it is trained with
+them. A new format is one function under `@register_format`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.files import read_text
+from convexlm.templates import Template, get_template
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    Reader = Callable[[Mapping[str, Any], Template], "Record"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt and the answer to train on.
+
+    Attributes:
+        prompt: the filled prompt. For the template `chat` the text of the user's turn, or of all turns of `messages`.
+        completion: the answer, without an end mark.
+        weight: multiplies the record's part in the loss; finite, >= 0.
+        id: where it comes from: `FILE:LINE` in JSON Lines, `FILE#N` (from 1) in a JSON array or a table.
+        messages: the turns before the answer (`role` and `content`) of a conversational record, else None.
+    """
+
+    prompt: str
+    completion: str
+    weight: float = 1.0
+    id: str = ""
+    messages: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A record format: its name, the keys it is known by and the function that reads a record."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Reader
+
+
+FORMATS: dict[str, Format] = {}
+"""Every known format by name, in the order they were registered."""
+
+
+def register_format(name: str, keys: tuple[str, ...]) -> Callable[[Reader], Reader]:
+    """Add a format: a decorator of a function from a record (a mapping) and a `Template` to a `Record`.
+
+    The function may raise `UserError`; the caller puts the file and line in front, and sets `id` and `weight`.
+
+    Args:
+        name: its name, for messages.
+        keys: the keys that a whole record of this format has, the most telling first. A record with only the first
+            of them is taken as an incomplete record of this format. The format with most keys present wins.
+
+    Raises:
+        ValueError: the name is taken, or there are no keys.
+    """
+    if name in FORMATS or not keys:
+        raise ValueError(f"a format `{name}` exists already" if keys else "a format needs at least one key")
+
+    def decorate(function: Reader) -> Reader:
+        FORMATS[name] = Format(name, keys, function)
+        return function
+
+    return decorate
+
+
+def detect_format(row: Mapping[str, Any]) -> Format:
+    """The format of a record, by its keys.
+
+    Raises:
+        UserError: no format has such keys; the message lists the keys found and the formats known.
+    """
+    whole = [known for known in FORMATS.values() if all(key in row for key in known.keys)]
+    if whole:
+        return max(whole, key=lambda known: len(known.keys))
+    for known in FORMATS.values():
+        if known.keys[0] in row:
+            return known
+    keys = ", ".join(f"`{key}`" for key in row) or "none"
+    formats = "; ".join(f"{known.name} ({', '.join(known.keys)})" for known in FORMATS.values())
+    raise UserError(f"unknown record format with the keys {keys}; known formats: {formats}")
+
+
+@register_format("alpaca", ("instruction", "output"))
+def _read_alpaca(row: Mapping[str, Any], template: Template) -> Record:
+    instruction = _optional_text(row, "instruction")
+    if not instruction.strip() and not _optional_text(row, "input").strip():
+        raise UserError("`instruction` and `input` are both empty")
+    return _from_fields(row, template, {"instruction": instruction})
+
+
+@register_format("double_instruction", ("pre_instruction", "post_instruction", "output"))
+def _read_double(row: Mapping[str, Any], template: Template) -> Record:
+    instructions = {key: _optional_text(row, key) for key in ("pre_instruction", "post_instruction") if key in row}
+    return _from_fields(row, template, instructions)
+
+
+def _from_fields(row: Mapping[str, Any], template: Template, fields: dict[str, str]) -> Record:
+    """Fill the template; the record's other texts are fields too, so a user's template may ask for any of them."""
+    others = {key: value for key, value in row.items() if isinstance(value, str) and key != "output"}
+    completion = _answer(row, "output")
+    return Record(template.fill({**others, "input": _optional_text(row, "input"), **fields}), completion)
+
+
+@register_format("prefix_text", ("prefix", "text"))
+def _read_prefix_text(row: Mapping[str, Any], template: Template) -> Record:
+    text = _answer(row, "text").removesuffix("</s>")
+    if not text.strip():
+        raise UserError("`text` has no answer before its `</s>`")
+    return Record(_used_as_is(row, "prefix", template), text)
+
+
+@register_format("prompt_completion", ("prompt", "completion"))
+def _read_prompt_completion(row: Mapping[str, Any], template: Template) -> Record:
+    if not isinstance(row.get("prompt"), list):
+        return Record(_used_as_is(row, "prompt", template), _answer(row, "completion"))
+    answer = row.get("completion")
+    if not isinstance(answer, list) or len(answer) != 1:
+        raise UserError("`completion` must be a list of one message, as `prompt` is a list of messages")
+    return _from_messages([*row["prompt"], *answer], template, "completion")
+
+
+@register_format("messages", ("messages",))
+def _read_messages(row: Mapping[str, Any], template: Template) -> Record:
+    if not isinstance(row["messages"], list):
+        raise UserError(f"`messages` must be a list of messages, found {_kind(row['messages'])}")
+    return _from_messages(row["messages"], template, "messages")
+
+
+def _from_messages(messages: list[Any], template: Template, key: str) -> Record:
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"message {number} must be an object with a `role`")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message {number} must have its `content` as text, found {_kind(message.get('content'))}")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"`{key}` must end with a message of the role `assistant`: the answer to train on")
+    if len(messages) == 1:
+        raise UserError("there is no message before the assistant's answer")
+    if template.name != "chat":
+        raise UserError(f"records of messages need the template `chat`, not `{template.name}`")
+    # Tables fill keys that a message lacks with null; a chat template would take them for given.
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages[:-1]]
+    prompt = "\n\n".join(turn["content"] for turn in turns)
+    return Record(prompt, _answer(messages[-1], "content"), messages=turns)
+
+
+def _used_as_is(row: Mapping[str, Any], key: str, template: Template) -> str:
+    if not isinstance(row.get(key), str):
+        raise UserError(f"`{key}` must be text, found {_kind(row.get(key))}")
+    if template.name == "chat":
+        raise UserError(f"`{key}` is a whole prompt and is used as it is; for the template `chat` give messages")
+    return row[key]
+
+
+def _answer(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise UserError(f"no output: the key `{key}` is {'null' if key in row else 'missing'}")
+    if not isinstance(value, str):
+        raise UserError(f"`{key}` must be text, found {_kind(value)}")
+    if not value.strip():
+        raise UserError(f"no output: `{key}` is empty")
+    return value
+
+
+def _optional_text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"`{key}` must be text, found {_kind(value)}")
+    return value or ""
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    value = row.get("weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"`weight` must be a number, found {_kind(value)}")
+    try:
+        weight = float(value)
+    except OverflowError:
+        weight = math.inf
+    if not math.isfinite(weight) or weight < 0:
+        raise UserError(f"`weight` must be finite and not below 0, found {value}")
+    return weight
+
+
+def load_records(
+    dataset: str | Path, *, template: str = "alpaca", split: str = "train", max_records: int | None = None
+) -> list[Record]:
+    """Read instruction data.
+
+    Args:
+        dataset: a JSON array, JSON Lines (either plain or `.gz`, told apart by their first character) or `.parquet`
+            file; a folder that `datasets` wrote or can load; or a name on the hub.
+        template: the prompt template for formats that do not hold a filled prompt.
+        split: the split of a folder or hub name; a file has none.
+        max_records: read the first so many only.
+
+    Raises:
+        UserError: no such file or name, an empty file, a broken record (with its line), a record without output,
+            wrong types, unknown or mixed formats, an unknown template.
+    """
+    filler = get_template(template)
+    if max_records is not None and (isinstance(max_records, bool) or max_records < 1):
+        raise UserError(f"max_records must be at least 1, found {max_records}")
+    records: list[Record] = []
+    first: tuple[str, Format] | None = None
+    for row_id, where, row in _rows(dataset, split):
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"expected a JSON object, found {_kind(row)}")
+            known = detect_format(row)
+            first = first or (row_id, known)
+            if known is not first[1]:
+                raise UserError(f"a record of format {known.name}, but {first[0]} is {first[1].name}; split the file")
+            record = known.read(row, filler)
+            weight = _weight(row)
+            _check_encodable(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        records.append(Record(record.prompt, record.completion, weight, row_id, record.messages))
+        if len(records) == max_records:
+            break
+    if not records:
+        raise UserError(f"{dataset}: there are no records in it")
+    return records
+
+
+def _check_encodable(record: Record) -> None:
+    try:
+        json.dumps([record.prompt, record.completion, record.messages], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("a lone surrogate (half of a \\uD83D\\uDE00-like pair) is in the text; repair it") from None
+
+
+def _rows(dataset: str | Path, split: str) -> Iterator[tuple[str, str, Any]]:
+    """Every record with its id and with where it is, for messages."""
+    path = Path(dataset)
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.exists() else ""
+    except (OSError, ValueError) as error:  # a name too long for the system, a NUL in it
+        raise UserError(f"{dataset!s:.80}: no file name and no dataset name ({error})") from None
+    if kind == "file":
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        return
+    if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(dataset))):
+        raise UserError(f"{dataset}: no such file")
+    for number, row in enumerate(_load_dataset(str(dataset), split, is_folder=bool(kind)), start=1):
+        yield f"{path.name}[{split}]#{number}", f"{dataset} [{split}], record {number}", row
+
+
+_DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".zip"}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
+    text = read_text(path)
+    start = text.lstrip()[:1]
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if start == "[":
+        rows = _parse(text, path, 0)
+        if not rows:
+            raise UserError(f"{path}: the array is empty")
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}#{number}", f"{path}, record {number}", row
+        return
+    if start != "{":
+        raise UserError(f"{path}: expected a JSON array of objects, or one JSON object a line (JSON Lines)")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path.name}:{number}", f"{path}, line {number}", _parse(line, path, number)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    """JSON from a whole file (`line` is 0) or from one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line or error.lineno}"
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
+        where = f"{path}, line {line}" if line else str(path)
+        raise UserError(f"{where}: JSON that cannot be read ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}#{number}", f"{path}, record {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({error})") from None
+
+
+def _load_dataset(name: str, split: str, *, is_folder: bool) -> Any:
+    """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run."""
+    import datasets
+
+    try:
+        if is_folder and any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
+                found = found[split]
+            return found
+        return datasets.load_dataset(name, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        what = "cannot be loaded as a dataset" if is_folder else "no such file, and not loadable from the hub"
+        raise UserError(f"{name}: {what} ({reason})") from None

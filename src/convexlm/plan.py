@@ -1,0 +1,167 @@
+"""`convexlm run --dry_run`: what a recipe would do, stage by stage, without loading a model or writing a file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.pipeline import load_test_sets, train_options, world_size
+from convexlm.runs import RunFolder, trained_runs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from convexlm.recipe import Recipe
+
+SHOWN_OPTIONS = (
+    *("objective", "k", "level", "length_weighting", "mle_mix", "k_warmup", "learning_rate", "lr_scheduler_type"),
+    *("warmup_ratio", "warmup_steps", "weight_decay", "max_length", "packing", "bf16", "fp16", "use_peft"),
+)
+
+
+def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
+    """Every stage with its steps, files and settings, after checking all that can be checked without weights.
+
+    Returns:
+        `recipe`, `run_dir`, `train` (a run each: options, records, steps, checkpoints), `decode` (a file each),
+        `score`, `outputs`.
+
+    Raises:
+        UserError: as running the recipe would, for whatever is wrong before training begins.
+    """
+    from convexlm.decoding import Search
+
+    folder = RunFolder(Path(run_dir))
+    runs = trained_runs(recipe)
+    trains = [_plan_training(recipe, folder, run) for run in runs]
+    return {
+        "recipe": recipe.name,
+        "run_dir": str(folder.path),
+        "processes": world_size(),
+        "train": trains,
+        "searches": {search.name: search.settings() for search in map(Search.from_mapping, recipe.decode["searches"])},
+        "decode": _plan_decoding(recipe, folder, runs, trains),
+        "score": {"metrics": list(recipe.metrics), **recipe.compare},
+        "outputs": [str(folder.scores), str(folder.comparison), str(folder.report)],
+    }
+
+
+def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any]:
+    from convexlm.verbs.train import build_options
+
+    arm = recipe.arm(run.arm)
+    options = train_options(recipe, folder, run)
+    _, _, config = build_options({**options, "use_cpu": True, "bf16": False, "fp16": False})
+    records, how = _count_records(recipe, arm)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    steps = config.max_steps if config.max_steps > 0 else None
+    if steps is None and records is not None and not config.packing:
+        batches = math.ceil(records / (config.per_device_train_batch_size * world_size()))
+        steps = math.ceil(config.num_train_epochs * max(1, math.ceil(batches / config.gradient_accumulation_steps)))
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "start": options.get("model_name_or_path") or "a new model",
+        "dataset": options["dataset"],
+        "template": options.get("template", "alpaca"),
+        "records": records,
+        "records_from": how,
+        "epochs": None if config.max_steps > 0 else config.num_train_epochs,
+        "global_batch": per_step,
+        "batch": f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} accumulated "
+        f"x {world_size()} processes",
+        "steps": steps,
+        "checkpoints": _checkpoint_steps(config, steps),
+        "options": {key: options[key] for key in SHOWN_OPTIONS if options.get(key) is not None},
+        "output_dir": str(folder.train(run)),
+    }
+
+
+def _count_records(recipe: Recipe, arm: Any) -> tuple[int | None, str]:
+    from convexlm.instructions import load_records
+
+    dataset = arm.dataset or recipe.data["dataset"]
+    limit = recipe.data.get("max_records")
+    if isinstance(dataset, dict):
+        return int(dataset.get("size", 20000)), "generated"
+    if Path(dataset).exists():
+        records = load_records(dataset, template=recipe.data.get("template", "alpaca"), max_records=limit)
+        return len(records), "counted; those whose prompt fills max_length will be dropped"
+    if Path(dataset).suffix in (".json", ".jsonl", ".gz"):
+        raise UserError(f"{dataset}: no such file")
+    known = recipe.data.get("num_records")
+    if known is None:
+        return limit, "the hub was not asked"
+    return (min(known, limit) if limit else known), "as the recipe says (`data.num_records`)"
+
+
+def _checkpoint_steps(config: Any, steps: int | None) -> list[int]:
+    if str(config.save_strategy) == "epoch" or getattr(config.save_strategy, "value", "") == "epoch":
+        epochs = int(config.num_train_epochs)
+        return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)] if steps else []
+    if not steps:
+        return []
+    every = config.save_steps if config.save_steps >= 1 else math.ceil(config.save_steps * steps)
+    saved = [*range(int(every), steps, int(every)), steps]
+    return saved[-config.save_total_limit :] if config.save_total_limit else saved
+
+
+def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from convexlm.decoding import Search
+
+    test_sets = load_test_sets(recipe)
+    planned = []
+    for run, train in zip(runs, trains, strict=True):
+        if not recipe.arm(run.arm).decode:
+            continue
+        wanted = recipe.decode["checkpoints"]
+        steps = train["checkpoints"] or ["LAST"]
+        if wanted == "last":
+            steps = steps[-1:]
+        elif wanted != "all":
+            if missing := [step for step in wanted if train["checkpoints"] and step not in steps]:
+                raise UserError(f"decode.checkpoints: {run.name} will have no checkpoint at step {missing[0]}")
+            steps = wanted
+        for step in steps:
+            for test_set in test_sets:
+                for options in recipe.decode["searches"]:
+                    search = Search.from_mapping(options)
+                    path = folder.decode(run, f"checkpoint-{step}", test_set.name, test_set.pair, search.name)
+                    planned.append({"file": str(path), "search": search.name, "sentences": len(test_set.sources)})
+    return planned
+
+
+def show_plan(plan: dict[str, Any], console: Console) -> None:
+    """Print a plan for people."""
+
+    def line(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    console.print(f"[bold]{plan['recipe']}[/bold] -> {plan['run_dir']}  (dry run: nothing is loaded or written)\n")
+    for train in plan["train"]:
+        records = "records not counted" if train["records"] is None else f"{train['records']:,} records"
+        steps = "steps not known yet" if train["steps"] is None else f"{train['steps']:,} steps"
+        epochs = f", {train['epochs']:g} epochs" if train["epochs"] else ""
+        console.print(f"[bold]train {train['run']}[/bold]  seed {train['seed']}, from {train['start']}")
+        line(f"  data     {train['dataset']}: {records} ({train['records_from']})")
+        line(f"  prompts  template {train['template']}")
+        line(f"  steps    {steps}{epochs}, global batch {train['global_batch']} = {train['batch']}")
+        line(f"  saves    {_steps(train['checkpoints'])} in {train['output_dir']}")
+        line("  options  " + ", ".join(f"{key}={value}" for key, value in train["options"].items()))
+    console.print("[bold]decode[/bold]")
+    for name, settings in plan["searches"].items():
+        line("  " + name.ljust(8) + " " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+    for job in plan["decode"]:
+        line(f"  {job['sentences']:>6,} sentences -> {job['file']}")
+    compare = ", ".join(f"{key}={value}" for key, value in plan["score"].items() if key != "metrics")
+    line(f"score    {', '.join(plan['score']['metrics'])}; compare: {compare}")
+    line(f"outputs  {', '.join(plan['outputs'])}")
+
+
+def _steps(steps: list[int]) -> str:
+    if not steps:
+        return "checkpoints"
+    shown = [str(step) for step in steps]
+    return "checkpoints " + ", ".join(shown if len(shown) <= 14 else [*shown[:6], "...", shown[-1]])

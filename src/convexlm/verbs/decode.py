@@ -1,0 +1,181 @@
+"""`convexlm decode`: hypotheses of a checkpoint for a file of sources, every sentence exactly once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.decoding.batching import TOKEN_BUDGET
+from convexlm.decoding.progress import progress_lines
+from convexlm.decoding.search import Search
+from convexlm.errors import UserError
+from convexlm.options import VerbParser
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+    from convexlm.tokenization import PromptSettings
+
+DEFAULTS = Search()
+
+
+def make_parser(prog: str) -> VerbParser:
+    """The verb's options."""
+    parser = VerbParser(
+        prog,
+        "Decode a file of sources with a checkpoint. Results are kept as they are made: a run that is stopped goes on "
+        "with the same command, and a finished one does nothing.",
+    )
+    parser.add_argument(
+        "--model_name_or_path", required=True, metavar="CHECKPOINT", help="checkpoint or adapter folder, or a hub name"
+    )
+    parser.add_argument("--revision", help="revision of a hub name")
+    parser.add_argument("--sources", required=True, metavar="FILE", help="one source a line, plain or .gz")
+    parser.add_argument(
+        "--pair", default="", help="direction, such as en-de; fills [SRC] and [TGT] of the instruction"
+    )
+    parser.add_argument("--output_file", required=True, metavar="FILE.jsonl", help="the decode file to write")
+    parser.add_argument("--test_set", metavar="NAME", help="name of the sources in the result (default: the file's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="decode the first N sources only")
+
+    prompt = parser.add_argument_group("prompt")
+    group = prompt.add_mutually_exclusive_group()
+    group.add_argument("--instruction", metavar="TEXT", help="default: the translation instruction")
+    group.add_argument("--instruction_file", metavar="FILE", help="file with the instruction")
+    prompt.add_argument("--template", metavar="NAME", help="default: the checkpoint's own, else alpaca")
+
+    search = parser.add_argument_group("search")
+    search.add_argument("--num_beams", type=int, default=DEFAULTS.num_beams, help="1 is greedy search")
+    search.add_argument("--no_repeat_ngram_size", type=int, default=DEFAULTS.no_repeat_ngram_size, metavar="N")
+    search.add_argument("--max_new_tokens", type=int, default=DEFAULTS.max_new_tokens, metavar="N")
+    search.add_argument("--min_new_tokens", type=int, default=DEFAULTS.min_new_tokens, metavar="N")
+    search.add_argument("--length_penalty", type=float, default=DEFAULTS.length_penalty)
+    search.add_argument("--early_stopping", choices=("true", "false", "never"), default="false")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--backend", default="hf", help="what decodes (default: hf)")
+    machine.add_argument("--batch_size", type=int, metavar="N", help="sentences a batch; default: by --token_budget")
+    machine.add_argument(
+        "--token_budget",
+        type=int,
+        default=TOKEN_BUDGET,
+        metavar="N",
+        help=f"most tokens of a batch, prompts and answers over all beams (default: {TOKEN_BUDGET})",
+    )
+    machine.add_argument("--device", help="torch device (default: the first GPU, else the CPU)")
+    machine.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's; float32 on a CPU)")
+    machine.add_argument("--trust_remote_code", action="store_true", help="run the checkpoint's own Python code")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode; returns the result for `--json`."""
+    search = Search(
+        num_beams=args.num_beams,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens,
+        length_penalty=args.length_penalty,
+        early_stopping={"true": True, "false": False}.get(args.early_stopping, args.early_stopping),
+    )
+    # Cheap mistakes are told before anything heavy is imported.
+    test_set, instruction = _sources(args), _instruction(args)
+    if args.template is not None:
+        from convexlm.templates import get_template
+
+        get_template(args.template)
+
+    from rich.console import Console
+
+    from convexlm.decoding.checkpoint import find_checkpoint
+    from convexlm.decoding.job import DecodeJob
+    from convexlm.decoding.run import decode_jobs
+
+    console = Console(stderr=True, highlight=False)
+    checkpoint = find_checkpoint(args.model_name_or_path, revision=args.revision)
+    settings = _prompt_settings(checkpoint, args.template, console)
+    job = DecodeJob(test_set, search, Path(args.output_file), settings, instruction)
+    with progress_lines() as progress:
+        (result,) = decode_jobs(
+            checkpoint,
+            [job],
+            backend=args.backend,
+            device=args.device,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            token_budget=args.token_budget,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+    return {**result.to_dict(), "checkpoint": str(checkpoint)}
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Say what was written and what comes next."""
+    total, resumed = result["num_sentences"], result["resumed"]
+    if result["sentences_per_second"] is None:
+        line = f"{result['output_file']} is complete: {total} sentences, nothing to do"
+    else:
+        line = (
+            f"{result['output_file']}: {total} sentences ({result['search']}), {total - resumed} of them now in "
+            f"{result['seconds']:.1f} s ({result['sentences_per_second']:.1f} sentences/s, "
+            f"{result['tokens_per_second']:.0f} tokens/s)"
+        )
+    if result["cut"]:
+        line += f"; {result['cut']} were cut at max_new_tokens"
+    target = result["pair"].partition("-")[2] or "LANG"
+    following = f"next: convexlm score --hypotheses {result['output_file']} --references FILE --target_lang {target}"
+    for text in (line, following):
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _sources(args: argparse.Namespace) -> Any:
+    from convexlm.files import read_lines
+    from convexlm.templates import split_pair
+    from convexlm.testsets import TestSet
+
+    if args.pair:
+        split_pair(args.pair)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {args.limit}")
+    sources = read_lines(args.sources)[: args.limit]
+    name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
+    return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
+
+
+def _instruction(args: argparse.Namespace) -> str | None:
+    from convexlm.files import read_text
+    from convexlm.templates import TRANSLATION_INSTRUCTION
+
+    instruction = args.instruction
+    if args.instruction_file is not None:
+        # The line end that editors put at the end of a file is no part of the instruction.
+        instruction = read_text(args.instruction_file).rstrip("\r\n")
+        if not instruction.strip():
+            raise UserError(f"{args.instruction_file}: the file is empty")
+    if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
+        raise UserError("the instruction names [SRC] or [TGT]: give the languages with --pair, such as --pair en-de")
+    return instruction
+
+
+def _prompt_settings(checkpoint: Path, template: str | None, console: Console) -> PromptSettings:
+    """The checkpoint's own prompt settings; a template that was given takes the place of its one."""
+    from dataclasses import replace
+
+    from convexlm.decoding.checkpoint import has_prompt_settings
+    from convexlm.tokenization import PromptSettings
+
+    known = has_prompt_settings(checkpoint)
+    settings = PromptSettings.load(checkpoint) if known else PromptSettings()
+    if template is not None:
+        return replace(settings, template=template)
+    if not known:
+        console.print(
+            f"{checkpoint} does not say how its prompts were made (no convexlm.json); using the template "
+            f"`{settings.template}`; --template NAME chooses another",
+            markup=False,
+            soft_wrap=True,
+        )
+    return settings

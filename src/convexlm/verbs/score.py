@@ -1,0 +1,86 @@
+"""`convexlm score`: the scores of one file of hypotheses, each with what is needed to cite it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from convexlm.options import VerbParser
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import Console
+
+
+def make_parser(prog: str) -> VerbParser:
+    """The options of `convexlm score`."""
+    from convexlm.scoring import DEFAULT_METRICS, DEFAULT_SEED, METRICS
+
+    parser = VerbParser(prog, "Score hypotheses with sacreBLEU (BLEU, chrF, TER) and rouge-score.")
+    parser.add_argument("--hypotheses", required=True, metavar="FILE", help="text, one a line, or decode's .jsonl")
+    parser.add_argument("--references", required=True, nargs="+", metavar="FILE", help="text, one a line; one or more")
+    parser.add_argument(
+        "--target_lang", required=True, metavar="LANG", help="code such as de or zh; sets the tokenizer"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="METRIC", help=f"of: {', '.join(METRICS)}"
+    )
+    parser.add_argument(
+        "--tokenize", metavar="NAME", help="another sacreBLEU tokenizer for BLEU than the language's own"
+    )
+    parser.add_argument("--confidence", action="store_true", help="add bootstrap 95 %% intervals")
+    parser.add_argument("--n_samples", type=int, default=1000, help="resamples for --confidence (default: 1000)")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of the resampling (default: {DEFAULT_SEED})")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Read, check and score the files that `args` names."""
+    from convexlm.errors import UserError
+    from convexlm.scoring import Scorer, check_lengths, read_hypotheses, read_references
+
+    if args.confidence and args.n_samples < 2:
+        raise UserError(f"--n_samples must be at least 2, it is {args.n_samples}")
+    hypotheses = read_hypotheses(args.hypotheses)
+    references = [read_references(path) for path in args.references]
+    streams = dict(zip(args.references, references, strict=True))
+    check_lengths({f"{args.hypotheses} (hypotheses)": hypotheses, **streams})
+    scorer = Scorer(references, args.target_lang, args.metrics, tokenize=args.tokenize)
+    scores = scorer.score(hypotheses, confidence=args.n_samples if args.confidence else 0, seed=args.seed)
+    return {
+        "scores": [score.as_dict() for score in scores],
+        "num_sentences": len(hypotheses),
+        "num_empty": scores[0].num_empty,
+        "hypotheses": args.hypotheses,
+        "references": args.references,
+        "target_lang": args.target_lang,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the scores as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from convexlm.scoring import get_metric
+
+    with_interval = any("ci" in score for score in result["scores"])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    if with_interval:
+        table.add_column("95 % interval", justify="right")
+    for score in result["scores"]:
+        kind = get_metric(score["metric"])
+        interval = []
+        if with_interval:
+            interval = [f"[{score['mean'] - score['ci']:.2f}, {score['mean'] + score['ci']:.2f}]"]
+        title = kind.title if kind.higher_is_better else f"{kind.title} (less is better)"
+        table.add_row(title, f"[bold]{score['score']:.2f}[/bold]", *map(escape, interval))
+    console.print(table)
+    console.print()
+    for score in result["scores"]:
+        # Not wrapped, so that a signature can be copied.
+        console.print(f"{score['metric']}|{score['signature']}", style="dim", markup=False, soft_wrap=True)
+    empty = f", {result['num_empty']} of them empty" if result["num_empty"] else ""
+    console.print(f"{result['num_sentences']} sentences{empty}", style="dim")

@@ -1,0 +1,77 @@
+"""`convexlm train`: fine-tune a model with an objective."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import HfArgumentParser
+from trl import ModelConfig
+
+from convexlm.config import ConvexConfig
+from convexlm.errors import UserError
+from convexlm.options import VerbParser
+from convexlm.training import DataOptions, train_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class TrainParser(HfArgumentParser, VerbParser):
+    """A verb's parser whose options are the fields of dataclasses, as in TRL's and transformers' own scripts."""
+
+
+def make_parser(prog: str) -> VerbParser:
+    """Options: data, model (TRL's ModelConfig) and training (ConvexConfig, so any of SFTConfig's)."""
+    parser = TrainParser(
+        [DataOptions, ModelConfig, ConvexConfig],
+        prog=prog,
+        description="Fine-tune a causal language model with an objective. Every option of TRL's SFTConfig is taken.",
+        formatter_class=argparse.HelpFormatter,
+        conflict_handler="resolve",  # ModelConfig and SFTConfig share an option
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last complete checkpoint in --output_dir"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train as the options say."""
+    if not args.output_dir:
+        raise UserError("--output_dir is missing: where checkpoints and metrics go")
+    data, model_options, config = build_options(vars(args))
+    return train_model(model_options, data, config, resume=args.resume)
+
+
+def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, ConvexConfig]:
+    """The three option objects from one flat mapping.
+
+    Raises:
+        UserError: a value that an option cannot have.
+    """
+    made = []
+    for cls in (DataOptions, ModelConfig, ConvexConfig):
+        names = {f.name for f in dataclasses.fields(cls) if f.init}
+        try:
+            made.append(cls(**{key: value for key, value in values.items() if key in names}))
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            raise UserError(str(error).split("\n")[0]) from None
+    data, model_options, config = made
+    if data.max_records is not None and data.max_records < 1:
+        raise UserError(f"--max_records must be at least 1, not {data.max_records}")
+    if config.max_length is not None and config.max_length < 2:
+        raise UserError(f"--max_length must be at least 2 tokens, not {config.max_length}")
+    return data, model_options, config
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """What was written, and what to run next."""
+    console.print(f"trained {result['steps']} steps on {result['records']} records in {result['seconds']:.0f} s")
+    console.print(f"checkpoints in {result['output_dir']}: {', '.join(result['checkpoints'])}")
+    if result["last_checkpoint"]:
+        console.print(
+            f"next: convexlm decode --model_name_or_path {result['last_checkpoint']} --sources FILE --pair en-de "
+            "--output_file FILE.jsonl"
+        )
