@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from convexlm.decoding import DecodeJob, Search
+from convexlm.decoding import DecodeJob, Search, decode_jobs
 from convexlm.decoding.backends import Backend, Hypothesis, register_backend
 from convexlm.testsets import TestSet
 from convexlm.tokenization import PromptSettings, encode_prompt, encode_record
 
-WORDS = "the small dog sees a red house and my old cat sleeps near your green tree".split()
+WORDS = "the small dog sees a red house and my old cat sleeps near your green tree"
 SOURCES = [
     "the dog sees",
     "",
@@ -41,14 +42,13 @@ def make_tokenizer(pad: bool = True) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>"] + ["<pad>"] * pad
     trainer = trainers.BpeTrainer(
         vocab_size=420,
-        special_tokens=specials,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*make_job(Path("x")).prompts(), " ".join(WORDS)] * 3, trainer)
+    tokenizer.train_from_iterator([*make_job(Path("x")).prompts(), WORDS] * 3, trainer)
     names = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -58,8 +58,9 @@ def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512)
     import random
 
     import torch
-    from convexlm.instructions import Record
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from convexlm.instructions import Record
 
     torch.manual_seed(0)
     chance = random.Random(0)
@@ -81,7 +82,7 @@ def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512)
     for _ in range(steps):
         rows = []
         for _ in range(8):
-            words = chance.choices(WORDS, k=chance.randint(0, 9))
+            words = chance.choices(WORDS.split(), k=chance.randint(0, 9))
             prompt = make_job(Path("x"), [" ".join(words)]).prompts()[0]
             answer = " ".join(words[: chance.randint(0, 6)])
             rows.append(encode_record(tokenizer, Record(prompt=prompt, completion=answer), settings))
@@ -115,7 +116,7 @@ class EchoBackend(Backend):
 
     texts: dict[int, str] = field(default_factory=dict)
     memory: int = 10**9
-    delay: float = 0.0
+    delay: ClassVar[float] = 0.0
     loads: int = 0
     sizes: list[int] = field(default_factory=list)
     max_length: int | None = None
@@ -146,3 +147,13 @@ def fake_checkpoint(folder: Path, weights: bytes = b"weights") -> Path:
     (folder / "config.json").write_text('{"dtype": "bfloat16"}')
     (folder / "model.safetensors").write_bytes(weights)
     return folder
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def run_echo(tmp_path: Path, sources: list[str] = SOURCES, **options: Any) -> Any:
+    job = make_job(tmp_path / "out.jsonl", sources, **options.pop("search", {}))
+    model = fake_checkpoint(tmp_path / "model", options.pop("weights", b"weights"))
+    return decode_jobs(model, [job], backend="echo", device="cpu", **options)[0]

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from convexlm.decoding import Search, checkpoint_sha256, decode_jobs, find_checkpoint
-from convexlm.decoding import run as run_module
-from convexlm.decoding.batching import plan_batches
 from convexlm.errors import UserError
-from convexlm.files import text_sha256
 from convexlm.tokenization import PromptSettings
 from decoding_helpers import (
     SOURCES,
-    EchoBackend,
     fake_checkpoint,
     make_checkpoint,
     make_job,
-    make_test_set,
     make_tokenizer,
     prompt_ids,
+    read,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SEARCHES = [
     {"num_beams": 1},
@@ -44,23 +36,6 @@ SEARCHES = [
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("decoding") / "checkpoint-200", steps=200)
-
-
-@pytest.fixture
-def echo(monkeypatch: pytest.MonkeyPatch) -> EchoBackend:
-    engine = EchoBackend()
-    monkeypatch.setattr(run_module, "get_backend", lambda name: lambda: engine)
-    return engine
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def run_echo(tmp_path: Path, sources: list[str] = SOURCES, **options: Any) -> Any:
-    job = make_job(tmp_path / "out.jsonl", sources, **options.pop("search", {}))
-    model = fake_checkpoint(tmp_path / "model", options.pop("weights", b"weights"))
-    return decode_jobs(model, [job], backend="echo", device="cpu", **options)[0]
 
 
 # Search
@@ -212,9 +187,7 @@ def test_every_eos_ends_an_answer_and_padding_is_no_text(checkpoint: Path, tmp_p
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [extra, 2]}))
-    tokenizer = make_tokenizer(pad=False)
-    tokenizer.unk_token = None
-    tokenizer.save_pretrained(other)
+    make_tokenizer(pad=False).save_pretrained(other)
     decode_jobs(other, [job], device="cpu")
     for row, token in zip(read(job.output_file), first, strict=True):
         assert row["finished"]
@@ -240,8 +213,7 @@ def test_an_adapter_is_decoded_on_its_base(checkpoint: Path, tmp_path: Path):
     model.save_pretrained(adapter)
     merged = tmp_path / "merged"
     model.merge_and_unload().save_pretrained(merged)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(merged)
+    make_tokenizer().save_pretrained(merged)
     jobs = [make_job(tmp_path / f"{name}.jsonl", max_new_tokens=20) for name in ("base", "adapter", "merged")]
     for folder, job in zip((checkpoint, adapter, merged), jobs, strict=True):
         decode_jobs(folder, [job], device="cpu")
@@ -257,6 +229,22 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(checkpoint: Pat
         decode_jobs(checkpoint, [make_job(tmp_path / "out.jsonl", sources, max_new_tokens=200)], device="cpu")
     ids = prompt_ids(checkpoint, make_job(tmp_path / "out.jsonl", sources))
     assert f"{len(ids[1])} tokens" in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", SEARCHES, ids=str)
+def test_a_gpu_finds_what_the_cpu_finds(checkpoint: Path, tmp_path: Path, options: dict):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = []
+    for device in ("cpu", "cuda"):
+        job = make_job(tmp_path / f"{device}.jsonl", max_new_tokens=20, **options)
+        decode_jobs(checkpoint, [job], device=device, dtype="float32")
+        rows.append(read(job.output_file))
+    for one, other in zip(*rows, strict=True):
+        assert (one["hypothesis"], one["tokens"]) == (other["hypothesis"], other["tokens"])
+        assert one["log_prob"] == pytest.approx(other["log_prob"], abs=1e-3)
 
 
 # Checkpoint folders
@@ -324,375 +312,3 @@ def test_unknown_names_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="device `nope`"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], device="nope")
     assert not (tmp_path / "out.jsonl.part").exists()
-
-
-# Batches
-
-
-def test_batches_hold_the_budget_and_every_sentence_once():
-    chance = random.Random(0)
-    lengths = [chance.randint(0, 300) for _ in range(500)]
-    search = Search(num_beams=4, max_new_tokens=100)
-    for batch_size, budget in ((None, 8000), (7, 8000), (None, 1)):
-        batches = plan_batches(lengths, search, batch_size, budget)
-        assert sorted(position for batch in batches for position in batch) == list(range(500))
-        flat = [lengths[position] for batch in batches for position in batch]
-        assert flat == sorted(lengths, reverse=True)
-        for batch in batches:
-            tokens = len(batch) * 4 * (max(lengths[position] for position in batch) + 100)
-            assert len(batch) <= 7 if batch_size else tokens <= budget or len(batch) == 1
-
-
-def test_out_of_memory_halves_the_batch_and_remembers(echo: EchoBackend, tmp_path: Path):
-    echo.memory = 3
-    result = run_echo(tmp_path, [f"sentence {number}" for number in range(32)], batch_size=16)
-    assert result.num_sentences == 32
-    assert max(echo.sizes) == 2
-    assert sum(echo.sizes) == 32
-    echo.memory = 0
-    with pytest.raises(UserError, match="out of memory with one sentence"):
-        run_echo(tmp_path / "more")
-
-
-def test_other_errors_are_not_taken_for_memory(echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(prompts: Any, search: Any) -> Any:
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(echo, "generate", fail)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        run_echo(tmp_path)
-
-
-# Exactly once
-
-
-def test_the_finished_files(echo: EchoBackend, tmp_path: Path):
-    result = run_echo(tmp_path, batch_size=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.jsonl", "out.meta.json"]
-    rows = read(tmp_path / "out.jsonl")
-    meta = json.loads((tmp_path / "out.meta.json").read_text())
-    assert meta == result.meta
-    assert meta["hypotheses_sha256"] == text_sha256([row["hypothesis"] for row in rows])
-    assert meta["sources_sha256"] == text_sha256(SOURCES)
-    assert meta["num_sentences"] == len(rows) == len(SOURCES)
-    assert meta["search"]["num_beams"] == 1
-    assert meta["pair"] == "en-de"
-    assert result.resumed == 0
-    assert result.sentences_per_second > 0
-
-
-def test_one_load_for_all_jobs_and_none_when_all_is_done(echo: EchoBackend, tmp_path: Path):
-    model = fake_checkpoint(tmp_path / "model")
-    jobs = [make_job(tmp_path / "sub" / f"{beams}.jsonl", num_beams=beams) for beams in (1, 4)]
-    reports = []
-    decode_jobs(model, jobs, device="cpu", batch_size=4, progress=reports.append)
-    assert echo.loads == 1
-    assert [report.done for report in reports] == [0, 4, 8, 9] * 2
-    assert {report.job for report in reports} == {"tiny en-de greedy", "tiny en-de beam4"}
-    written = [job.output_file.stat().st_mtime_ns for job in jobs]
-    results = decode_jobs(model, jobs, device="cpu")
-    assert echo.loads == 1
-    assert [job.output_file.stat().st_mtime_ns for job in jobs] == written
-    assert [(result.resumed, result.sentences_per_second) for result in results] == [(9, None), (9, None)]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, echo: EchoBackend, batches: int) -> None:
-    original = EchoBackend.generate
-
-    def generate(self: EchoBackend, prompts: Any, search: Any) -> Any:
-        if len(self.sizes) >= batches:
-            raise KeyboardInterrupt
-        return original(self, prompts, search)
-
-    monkeypatch.setattr(EchoBackend, "generate", generate)
-
-
-@pytest.mark.parametrize("torn", [0, 1, 30, 200, 10**6])
-def test_a_stopped_run_goes_on_to_the_same_bytes(
-    echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: int
-):
-    """Also with the part file cut anywhere: in a line, between lines, in the header, to nothing."""
-    whole = run_echo(tmp_path / "whole", batch_size=2).output_file.read_bytes()
-    with monkeypatch.context() as patch:
-        echo.sizes.clear()
-        stop_after(patch, echo, 3)
-        with pytest.raises(KeyboardInterrupt):
-            run_echo(tmp_path, batch_size=2)
-    part = tmp_path / "out.jsonl.part"
-    assert not (tmp_path / "out.jsonl").exists()
-    raw = part.read_bytes()
-    part.write_bytes(raw[: max(0, len(raw) - torn)])
-    result = run_echo(tmp_path, batch_size=2)
-    assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert not part.exists()
-    assert result.resumed == {0: 6, 1: 5, 30: 5, 200: 5}.get(torn, 0)
-
-
-def test_stopped_between_the_last_steps(echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """After the finished file, after its meta record: the next run completes it without decoding again."""
-    from convexlm.decoding import store
-
-    whole = run_echo(tmp_path / "whole").output_file.read_bytes()
-    for name, stopper in (("meta", "write_atomic"), ("part", "sync_folder")):
-        folder = tmp_path / name
-        original = getattr(store, stopper)
-
-        def stop(path: Path, *rest: Any, original: Any = original, folder: Path = folder, name: str = name) -> None:
-            if name == "meta" and path.name == "out.meta.json":
-                raise KeyboardInterrupt
-            original(path, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(store, stopper, stop)
-            if name == "part":
-                patch.setattr(store.DecodeStore, "remove_part", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                run_echo(folder)
-        assert (folder / "out.jsonl.part").exists()
-        echo.sizes.clear()
-        run_echo(folder)
-        assert echo.sizes == []
-        assert sorted(path.name for path in folder.iterdir()) == ["model", "out.jsonl", "out.meta.json"]
-        assert (folder / "out.jsonl").read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"search": {"num_beams": 4}}, "search num_beams: 1 there, 4 now"),
-        ({"sources": [*SOURCES[:-1], "another"]}, "sources_sha256"),
-        ({"sources": SOURCES[:4]}, "num_sentences: 9 there, 4 now"),
-        ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 now"),
-        ({"weights": b"other"}, "checkpoint_sha256"),
-        ({"search": {"add_bos": True}}, "prompt add_bos"),
-    ],
-)
-@pytest.mark.parametrize("finished", [True, False])
-def test_an_output_of_another_job_is_refused(
-    echo: EchoBackend,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
-    message: str,
-    finished: bool,
-):
-    if finished:
-        run_echo(tmp_path)
-    else:
-        with monkeypatch.context() as patch:
-            stop_after(patch, echo, 1)
-            with pytest.raises(KeyboardInterrupt):
-                run_echo(tmp_path, batch_size=3)
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
-    change = dict(change)
-    with pytest.raises(UserError, match=message) as error:
-        run_echo(tmp_path, change.pop("sources", SOURCES), **change)
-    assert "nothing was overwritten" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
-
-
-def test_files_that_are_not_ours_are_left_alone(echo: EchoBackend, tmp_path: Path):
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    out.write_text("my notes\n")
-    with pytest.raises(UserError, match=r"exists, without the out.meta.json"):
-        run_echo(tmp_path)
-    assert out.read_text() == "my notes\n"
-    out.unlink()
-    for text, message in (("my notes\n", "line 1: damaged"), ('{"a": 1}\n', "no header"), ("[]\n", "line 1")):
-        part.write_text(text)
-        with pytest.raises(UserError, match=message):
-            run_echo(tmp_path)
-        assert part.read_text() == text
-    part.unlink()
-    run_echo(tmp_path)
-    out.write_text(out.read_text().replace("answer", "better answer"))
-    with pytest.raises(UserError, match="was changed after it was written"):
-        run_echo(tmp_path)
-    out.unlink()  # made anew on purpose, though the meta record is still there
-    assert run_echo(tmp_path, search={"num_beams": 2}).resumed == 0
-    out.unlink()
-    out.mkdir()
-    with pytest.raises(UserError, match="is a folder"):
-        run_echo(tmp_path)
-
-
-def test_a_damaged_line_in_the_middle_is_named(
-    echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    stop_after(monkeypatch, echo, 2)
-    with pytest.raises(KeyboardInterrupt):
-        run_echo(tmp_path, batch_size=2)
-    part = tmp_path / "out.jsonl.part"
-    lines = part.read_bytes().split(b"\n")
-    for damage in (b'{"id": "0", "hyp', b"\xff\xfe", b'{"id": "77", "hypothesis": "x"}'):
-        part.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
-        with pytest.raises(UserError, match="out.jsonl.part, line 3"):
-            run_echo(tmp_path, batch_size=2)
-
-
-def test_two_runs_at_once_on_one_output(echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    original = EchoBackend.generate
-    refusals = []
-
-    def generate(self: EchoBackend, prompts: Any, search: Any) -> Any:
-        if not refusals:
-            refusals.append(None)
-            with pytest.raises(UserError, match="another process is decoding into it right now"):
-                run_echo(tmp_path)
-        return original(self, prompts, search)
-
-    monkeypatch.setattr(EchoBackend, "generate", generate)
-    run_echo(tmp_path, batch_size=4)
-    assert refusals
-    assert len(read(tmp_path / "out.jsonl")) == len(SOURCES)
-
-
-def test_jobs_that_would_share_an_output_are_refused(echo: EchoBackend, tmp_path: Path):
-    jobs = [make_job(tmp_path / "out.jsonl", length_penalty=penalty) for penalty in (1.0, 2.0)]
-    with pytest.raises(UserError, match="would both be written"):
-        decode_jobs(fake_checkpoint(tmp_path / "model"), jobs, device="cpu")
-    empty = make_job(tmp_path / "out.jsonl", [])
-    with pytest.raises(UserError, match="nothing to decode"):
-        decode_jobs(fake_checkpoint(tmp_path / "model"), [empty], device="cpu")
-
-
-@pytest.mark.parametrize("broken", ["write", "fsync", "short"])
-def test_a_full_disk_loses_nothing(
-    echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-):
-    whole = run_echo(tmp_path / "whole", batch_size=2).output_file.read_bytes()
-    real_write, real_fsync, calls = os.write, os.fsync, []
-
-    def write(handle: int, data: Any) -> int:
-        calls.append(handle)
-        if len(calls) < 4 or broken == "fsync":
-            return real_write(handle, data)
-        if broken == "short" and len(calls) == 4:
-            return real_write(handle, data[:20])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def fsync(handle: int) -> None:
-        if broken == "fsync" and len(calls) >= 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real_fsync(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", write)
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UserError, match=r"No space left on device.*4 of 9 sentences are safe"):
-            run_echo(tmp_path, batch_size=2)
-    assert len(read(tmp_path / "out.jsonl.part")) == 1 + 4
-    result = run_echo(tmp_path, batch_size=2)
-    assert result.resumed == 4
-    assert (tmp_path / "out.jsonl").read_bytes() == whole
-
-
-def test_a_disk_that_fills_up_at_the_end(echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from convexlm.decoding import store
-
-    def full(path: Path, data: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_atomic", full)
-        with pytest.raises(UserError, match="9 of 9 sentences are safe"):
-            run_echo(tmp_path)
-    assert run_echo(tmp_path).resumed == 9
-
-
-HOSTILE = [
-    "### Response: a ### Instruction: b",
-    "</s><s> <unk> [PAD]",
-    'quotes " \' ` \\ \\n {"id": "7"}',
-    "👩‍👩‍👧 🦙 𝔘𝔫𝔦",
-    "line\u2028separator\u2029and\x85next",
-    "NUL \x00 and bell \x07",
-    "lone \ud800 surrogates \udcff",
-    "שלום \u202eعربى",
-    "",
-]
-
-
-def test_hostile_text_arrives_intact(echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sources = ["a\u2028b", "c\x85d", "e\rf", "  outer blanks ", 'say "### Response:"', "</s>", "tab\there", "\x00", ""]
-    job = make_job(tmp_path / "out.jsonl", sources)
-    echo.texts = {sum(prompt.encode()): text for prompt, text in zip(job.prompts(), HOSTILE, strict=True)}
-    assert len(echo.texts) == len(HOSTILE)
-    with monkeypatch.context() as patch:
-        stop_after(patch, echo, 2)
-        with pytest.raises(KeyboardInterrupt):
-            run_echo(tmp_path, sources, batch_size=3)
-    run_echo(tmp_path, sources, batch_size=3)
-    raw = (tmp_path / "out.jsonl").read_bytes()
-    assert len(raw.decode("utf-8").splitlines()) == len(HOSTILE)
-    rows = read(tmp_path / "out.jsonl")
-    assert [row["hypothesis"] for row in rows] == HOSTILE
-    assert [row["source"] for row in rows] == sources
-
-
-KILLED = """
-import sys
-sys.path.insert(0, {tests!r})
-import decoding_helpers as helpers
-from pathlib import Path
-from convexlm.decoding import decode_jobs
-helpers.EchoBackend.delay = 0.004
-jobs = [helpers.make_job(Path({folder!r}) / f"{{beams}}.jsonl", [f"text {{n}}" for n in range(90)], num_beams=beams)
-        for beams in (1, 4)]
-decode_jobs(Path({model!r}), jobs, backend="echo", device="cpu", batch_size=2)
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments(tmp_path: Path):
-    """25 kills anywhere in a small sweep, appends and the last steps included: the same bytes as one whole run."""
-    model, tests = fake_checkpoint(tmp_path / "model"), str(Path(__file__).parent)
-
-    def start(folder: Path) -> subprocess.Popen:
-        script = KILLED.format(tests=tests, folder=str(folder), model=str(model))
-        return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
-
-    began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    duration = time.monotonic() - began
-    chance = random.Random(7)
-    kills, rounds = 0, 0
-    while kills < 25:
-        folder = tmp_path / f"killed{rounds}"
-        rounds += 1
-        for _ in range(25):
-            process = start(folder)
-            try:
-                process.wait(chance.uniform(0.3, 1.0) * duration)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                continue
-            assert process.returncode == 0, process.stderr.read().decode()
-            break
-        else:
-            assert start(folder).wait() == 0
-        for name in ("1.jsonl", "4.jsonl"):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "1.jsonl",
-            "1.meta.json",
-            "4.jsonl",
-            "4.meta.json",
-        ]
-
-
-def test_prompts_are_filled_from_the_instruction():
-    from dataclasses import replace
-
-    job = make_job(Path("x"), ["  ein Haus \n", ""])
-    with_input, without = job.prompts()
-    assert "Translate the following sentences from English to German." in with_input
-    assert "### Input:\nein Haus\n\n### Response:" in with_input
-    assert "### Input" not in without
-    summary = replace(job, instruction="Summarise the text.", test_set=make_test_set(["text"], pair=""))
-    assert "### Instruction:\nSummarise the text.\n" in summary.prompts()[0]
-    with pytest.raises(UserError, match="en-de"):
-        replace(summary, instruction=None).prompts()

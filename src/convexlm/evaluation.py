@@ -249,7 +249,9 @@ def _paired(
     """The paired bootstrap of sacreBLEU, on one corpus."""
     entry = next(iter(entries.values()))
     systems = {arm: entries[arm].hypotheses for arm in arms}
-    rows = paired_test(systems, entry.test_set.references, entry.target_lang, metrics, **settings)
+    references, lang = entry.test_set.references, entry.target_lang
+    n_samples, seed = settings["n_samples"], settings["seed"]
+    rows = paired_test(systems, references, lang, metrics, n_samples=n_samples, seed=seed)
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
     return [about | row for row in rows]
 

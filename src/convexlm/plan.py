@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.pipeline import load_test_sets, train_options, world_size
+from convexlm.pipeline import train_options, world_size
 from convexlm.runs import RunFolder, trained_runs
+from convexlm.testsets import NotAtHandError, load_test_set
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ def _checkpoint_steps(config: Any, steps: int | None) -> list[int]:
 def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from convexlm.decoding import Search
 
-    test_sets = load_test_sets(recipe)
+    test_sets = _test_set_sizes(recipe)
     planned = []
     for run, train in zip(runs, trains, strict=True):
         if not recipe.arm(run.arm).decode:
@@ -125,12 +126,26 @@ def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[di
                 raise UserError(f"decode.checkpoints: {run.name} will have no checkpoint at step {missing[0]}")
             steps = wanted
         for step in steps:
-            for test_set in test_sets:
+            for name, pair, size in test_sets:
                 for options in recipe.decode["searches"]:
                     search = Search.from_mapping(options)
-                    path = folder.decode(run, f"checkpoint-{step}", test_set.name, test_set.pair, search.name)
-                    planned.append({"file": str(path), "search": search.name, "sentences": len(test_set.sources)})
+                    path = folder.decode(run, f"checkpoint-{step}", name, pair, search.name)
+                    planned.append({"file": str(path), "search": search.name, "sentences": size})
     return planned
+
+
+def _test_set_sizes(recipe: Recipe) -> list[tuple[str, str, int | None]]:
+    """Name, pair and sentences of every test set; None for one that sacreBLEU would first have to download."""
+    sizes: list[tuple[str, str, int | None]] = []
+    for spec in recipe.test_sets:
+        for pair in spec["pairs"]:
+            try:
+                test_set = load_test_set(spec, pair, Path.cwd())
+            except NotAtHandError:
+                sizes.append((spec["name"], pair, None))
+            else:
+                sizes.append((test_set.name, pair, len(test_set.sources)))
+    return sizes
 
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
@@ -154,7 +169,8 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     for name, settings in plan["searches"].items():
         line("  " + name.ljust(8) + " " + ", ".join(f"{key}={value}" for key, value in settings.items()))
     for job in plan["decode"]:
-        line(f"  {job['sentences']:>6,} sentences -> {job['file']}")
+        size = f"{job['sentences']:>6,} sentences" if job["sentences"] is not None else "to be downloaded"
+        line(f"  {size} -> {job['file']}")
     compare = ", ".join(f"{key}={value}" for key, value in plan["score"].items() if key != "metrics")
     line(f"score    {', '.join(plan['score']['metrics'])}; compare: {compare}")
     line(f"outputs  {', '.join(plan['outputs'])}")

@@ -3,6 +3,7 @@
     name: smoke
     vars: {data_dir: ../shared/data}           # ${data_dir} anywhere below; `--set vars.data_dir=...` changes it
     seeds: [1, 2]                              # every arm is trained once a seed
+    plugins: [my_objectives.py]                # modules of your own to import first
     model: {model_name_or_path: ..., tokenizer: ..., config: {...}, use_peft: false, ...}
     data: {dataset: FILE_OR_NAME, template: alpaca, max_records: null, eval_dataset: null}
     train: {...}                               # options of ConvexConfig for all arms; `global_batch_size` sets
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.options import load_yaml
+from convexlm.plugins import load_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +44,7 @@ SECTIONS: dict[str, set[str]] = {
     "score": {"metrics"},
     "compare": {"baseline", "n_samples", "seed"},
 }
-TOP_LEVEL = {"name", "description", "extends", "vars", "seeds", "train", "arms", "test_sets", *SECTIONS}
+TOP_LEVEL = {"name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", "test_sets", *SECTIONS}
 ARM_KEYS = {"init_from", "decode", "dataset"}
 
 
@@ -111,6 +113,9 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     name = raw.setdefault("name", path.stem)
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise wrong(f"`name` must be letters, digits, `.`, `_`, `+` or `-`, not {name!r}")
+    if not isinstance(raw.setdefault("plugins", []), list):
+        raise wrong("`plugins` must be a list of modules or .py files")
+    load_plugins(raw["plugins"])
     for section, known in SECTIONS.items():
         value = raw.setdefault(section, {})
         if not isinstance(value, dict):

@@ -52,6 +52,10 @@ class TestSet:
     __test__ = False
 
 
+class NotAtHandError(UserError):
+    """A test set exists but has to be downloaded first, and that failed."""
+
+
 def register_test_set_kind(name: str, *, keys: Sequence[str] | None = None) -> Callable[[Loader], Loader]:
     """Register the function `(spec, pair, base_dir) -> TestSet` that reads test sets of kind `name`.
 
@@ -174,7 +178,7 @@ def load_sacrebleu(spec: Mapping[str, Any], pair: str, base_dir: Path) -> TestSe
         reference_files = list(dataset.get_reference_files(pair))
     # Its download ends in SystemExit on some errors, and in whatever urllib, tarfile or lxml raise on others.
     except (Exception, SystemExit) as error:
-        raise UserError(
+        raise NotAtHandError(
             f"sacreBLEU's `{name}` {pair} cannot be read ({type(error).__name__}: {error}); sacreBLEU downloads it on "
             f"first use: run once with a network, or set SACREBLEU to a folder that has it (now {SACREBLEU_DIR})"
         ) from None

@@ -134,7 +134,7 @@ class ConvexTrainer(SFTTrainer):
         if not batches:
             return batches, None
         by_length = self.objective.length_weighting == "token"
-        count = sum(_count(batch, by_length).to(device) for batch in batches)
+        count = torch.stack([_count(batch, by_length).to(device) for batch in batches]).sum()
         return batches, self.accelerator.gather(count.reshape(1)).sum()
 
     def compute_loss(

@@ -37,6 +37,9 @@ class DataOptions:
         metadata={"help": "Begin with the BOS token; if unset, where the tokenizer has one that is not its EOS."},
     )
     max_records: int | None = field(default=None, metadata={"help": "Use the first N records only."})
+    plugins: list[str] | None = field(
+        default=None, metadata={"help": "Modules or .py files to import first, which register objectives or formats."}
+    )
     config_name: str | None = field(
         default=None,
         metadata={"help": "Config (a JSON file, folder or hub name) of a new model to train from scratch."},

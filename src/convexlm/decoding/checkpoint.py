@@ -13,7 +13,7 @@ from convexlm.files import file_sha256, json_sha256, read_text
 # Everything that can change what a checkpoint answers; optimizer states and logs are not among it.
 _PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json"),
-    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "chat_template*"),
+    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "chat_template*", "*.py"),
 )
 _NAMES = ("convexlm.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -17,18 +17,19 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
-def progress_lines(title: str = "") -> Iterator[Callable[[DecodeProgress], None]]:
+def progress_lines(title: str = "", *, note: str = "") -> Iterator[Callable[[DecodeProgress], None]]:
     """A callback for `decode_jobs(progress=...)` that shows sentences done, rate and time left on stderr.
 
     Args:
         title: what the lines begin with, in place of the checkpoint's name. Whoever gives one tells of starts and ends
             himself: there are lines for jobs that take long only, and a bar is removed at the end.
+        note: a line to begin with once there is progress, so that a refusal stays the only line.
     """
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _Lines(console, title)
+        yield _Lines(console, title, note)
         return
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -38,6 +39,8 @@ def progress_lines(title: str = "") -> Iterator[Callable[[DecodeProgress], None]
     with Progress(*columns, console=console, transient=bool(title)) as bar:
 
         def update(state: DecodeProgress) -> None:
+            if note and not tasks:
+                bar.console.print(note, markup=False, soft_wrap=True)
             if state.job_number not in tasks:
                 name = escape(_name(state, title))
                 tasks[state.job_number] = bar.add_task(name, total=state.num_sentences, rate="")
@@ -49,12 +52,16 @@ def progress_lines(title: str = "") -> Iterator[Callable[[DecodeProgress], None]
 class _Lines:
     """Prints a job's start, its end, and a line now and then between."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, note: str) -> None:
         self.console = console
         self.title = title
+        self.note = note
         self.printed_at = time.monotonic()
 
     def __call__(self, state: DecodeProgress) -> None:
+        if self.note:
+            self.console.print(self.note, markup=False, soft_wrap=True)
+            self.note = ""
         now = time.monotonic()
         edge = not self.title and (not state.tokens or state.done == state.num_sentences)
         if edge or now - self.printed_at > SECONDS_BETWEEN_LINES:

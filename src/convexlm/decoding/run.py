@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,15 @@ def decode_jobs(
             tasks[number] = _Task(job, prompts, store, [])
     if tasks:
         facts = {"checkpoint": str(checkpoint), "device": device, "versions": _versions()}
-        try:
+        with contextlib.ExitStack() as stack:
+            # Locks come before the model, so that a refusal does not wait for it.
+            for number, task in list(tasks.items()):
+                stack.enter_context(task.store)
+                if meta := task.store.finished():  # by another process, a moment ago
+                    task.store.remove_part()
+                    results[number] = _nothing_to_do(task.job, backend, meta)
+                    del tasks[number]
+            stack.callback(engine.close)
             engine.load(checkpoint, device, dtype, trust_remote_code=trust_remote_code)
             for task in tasks.values():
                 task.encoded = _encode(task, engine)
@@ -124,8 +133,6 @@ def decode_jobs(
                 batches = plan_batches(list(map(len, task.encoded)), task.job.search, batch_size, token_budget)
                 where = (checkpoint.name, place, len(tasks))
                 results[number] = _decode(task, engine, batches, facts, where, progress)
-        finally:
-            engine.close()
     return [results[number] for number in range(len(jobs))]
 
 
@@ -168,43 +175,39 @@ def _decode(
     where: tuple[str, int, int],
     progress: Callable[[DecodeProgress], None] | None,
 ) -> DecodeResult:
-    job, ids = task.job, task.job.test_set.ids
+    job, store, ids = task.job, task.store, task.job.test_set.ids
     checkpoint, place, num_jobs = where
-    with task.store as store:
-        if meta := store.finished():  # by another process, while this one loaded the model
-            store.remove_part()
-            return _nothing_to_do(job, engine.name, meta)
-        begun, tokens, resumed = time.perf_counter(), 0, len(store.records)
-        splitter = Splitter()
+    begun, tokens, resumed = time.perf_counter(), 0, len(store.records)
+    splitter = Splitter()
 
-        def report() -> None:
-            if progress is not None:
-                seconds = time.perf_counter() - begun
-                progress(
-                    DecodeProgress(
-                        checkpoint, job.name, place, num_jobs, len(store.records), resumed, len(ids), tokens, seconds
-                    )
+    def report() -> None:
+        if progress is not None:
+            seconds = time.perf_counter() - begun
+            progress(
+                DecodeProgress(
+                    checkpoint, job.name, place, num_jobs, len(store.records), resumed, len(ids), tokens, seconds
                 )
+            )
 
-        def generate(part: Sequence[int]) -> list[Hypothesis]:
-            return engine.generate([task.encoded[position] for position in part], job.search)
+    def generate(part: Sequence[int]) -> list[Hypothesis]:
+        return engine.generate([task.encoded[position] for position in part], job.search)
 
-        report()
-        for batch in batches:
-            # A batch that is done in part only (its last write was torn) is decoded whole: see `plan_batches`.
-            if all(ids[position] in store.records for position in batch):
-                continue
-            for part, hypotheses in splitter.run(batch, generate):
-                store.append(
-                    _record(task, position, hypothesis, engine)
-                    for position, hypothesis in zip(part, hypotheses, strict=True)
-                )
-                tokens += sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
-                report()
-        seconds = time.perf_counter() - begun
-        cut = sum(not record["finished"] for record in store.records.values())
-        run = {"cut": cut, "resumed": resumed, "seconds": round(seconds, 3)}
-        meta = store.finish({"search_name": job.search.name, **facts, **run})
+    report()
+    for batch in batches:
+        # A batch that is done in part only (its last write was torn) is decoded whole: see `plan_batches`.
+        if all(ids[position] in store.records for position in batch):
+            continue
+        for part, hypotheses in splitter.run(batch, generate):
+            store.append(
+                _record(task, position, hypothesis, engine)
+                for position, hypothesis in zip(part, hypotheses, strict=True)
+            )
+            tokens += sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
+            report()
+    seconds = time.perf_counter() - begun
+    cut = sum(not record["finished"] for record in store.records.values())
+    run = {"cut": cut, "resumed": resumed, "seconds": round(seconds, 3)}
+    meta = store.finish({"search_name": job.search.name, **facts, **run})
     new = len(ids) - resumed
     return DecodeResult(
         output_file=job.output_file,

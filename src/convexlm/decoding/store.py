@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _SCHEMA = 1
+_HEADER = b'{"convexlm_decode": '
 
 
 class DecodeStore:
@@ -46,6 +47,7 @@ class DecodeStore:
         self.part_file = output_file.with_name(output_file.name + ".part")
         self.meta_file = meta_path(output_file)
         self._handle = -1
+        self._ours = False
 
     def finished(self) -> dict[str, Any] | None:
         """The meta record if this very job is complete, None if it is still to do.
@@ -107,8 +109,10 @@ class DecodeStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Let go of the lock, and remove a part file with nothing in it."""
         if self._handle >= 0:
+            if self._ours and not self.records:
+                self.remove_part()
             os.close(self._handle)
             self._handle = -1
 
@@ -153,6 +157,7 @@ class DecodeStore:
 
     def remove_part(self) -> None:
         """Remove the part file, while holding it, of a job whose finished files are there."""
+        self._ours = False  # from here on, whatever stands there is another's
         self.part_file.unlink(missing_ok=True)
         sync_folder(self.part_file.parent)
 
@@ -176,6 +181,9 @@ class DecodeStore:
         whole = raw[: raw.rfind(b"\n") + 1]  # a torn last line is cut
         self.records = {}
         if not whole:
+            if raw.strip(b"\0") and not raw.startswith(_HEADER[: len(raw)]):
+                raise UserError(f"{self.part_file}: not a part of a decode file; remove it to start again")
+            self._ours = True
             os.ftruncate(self._handle, 0)
             self._start()
             return
@@ -184,6 +192,7 @@ class DecodeStore:
         if not isinstance(identity, dict):
             raise UserError(f"{self.part_file}: not a part of a decode file (no header); remove it to start again")
         self._refuse_other(self.part_file, identity)
+        self._ours = True
         known = set(self.ids)
         for number, line in enumerate(lines, start=2):
             record = self._parse(line, number)

@@ -1,7 +1,7 @@
-"""Chinese sentences, without spaces: `今天那位年老的女人确实购买一本书籍。`, `年老的女人今天购买一本书籍。`.
+"""Chinese sentences, without spaces: `现在那位年老的女人真的购买一本书籍。`, `那位年老的女人现在购买一本书籍。`.
 
-A counted or pointed-at noun takes its measure word (`一本书籍`, `那辆汽车`, `那位女人`). English and German `the` is a
-bare noun or `那` for the subject, `那` or `这` for the object; `a` is `一`.
+A counted or pointed-at noun takes its measure word (`一本书籍`, `那辆汽车`, `那位女人`). English and German `the` is
+`那` for the subject, `那` or `这` for the object; `a` is `一`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def noun_phrase(noun: str, adjective: str | None, determiners: tuple[str, ...], style: Style) -> Slot:
-    """Determiner, measure word, adjective and noun; no `determiners` means a bare noun."""
+    """Determiner, measure word, adjective and noun."""
     entry = (lexicon.PERSONS | lexicon.THINGS)[noun]
-    start = combine(style.slot(determiners), style.slot(entry.measures)) if determiners else (("", 1.0),)
+    start = combine(style.slot(determiners), style.slot(entry.measures))
     middle = style.slot(adjectives_of(noun)[adjective].zh) if adjective is not None else (("", 1.0),)
     return combine(start, middle, style.slot(entry.zh))
 
@@ -28,9 +28,7 @@ def clauses(meaning: Meaning, style: Style) -> list[Clause]:
     """The sentence patterns of a style; their shares sum to 1."""
     verbs = lexicon.VERBS_WITH_THINGS | lexicon.VERBS_WITH_PERSONS
     on_object, adjective = meaning.describes_object, meaning.adjective
-    # After an adverb the subject is pointed at; at the head of a sentence it stands bare.
-    pointing = ("那",) if style.adverb_first else ()
-    subject = noun_phrase(meaning.subject, None if on_object else adjective, pointing, style)
+    subject = noun_phrase(meaning.subject, None if on_object else adjective, ("那",), style)
     verb = style.with_particle(lexicon.PARTICLES["zh"], style.slot(verbs[meaning.verb].zh))
     determiners = ("那", "这") if meaning.definite else ("一",)
     thing = noun_phrase(meaning.object, adjective if on_object else None, determiners, style)

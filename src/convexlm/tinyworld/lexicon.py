@@ -1,7 +1,6 @@
 """The words of the tiny world: every concept with its synonyms in English, German and Chinese.
 
-The first synonym is the usual one; how much likelier it is than the others is the construction's choice (`WEIGHTS`
-in `grammar.py`). Within one language a word belongs to one concept of a slot only, so a sentence says what it means.
+The first synonym is the usual one; how much likelier it is than the others is the construction's choice (`style.py`). Within one language a word belongs to one concept of a slot only, so a sentence says what it means.
 """
 
 from __future__ import annotations
@@ -168,36 +167,14 @@ ADJECTIVES_OF_THINGS: dict[str, Adjective] = {
 }
 
 ADVERBS: dict[str, Adverb] = {
-    "now": Adverb(
-        ("now", "currently", "presently", "nowadays", "momentarily"),
-        ("jetzt", "nun", "derzeit", "momentan", "gegenwärtig"),
-        ("现在", "目前", "此刻", "如今", "眼下"),
-    ),
-    "often": Adverb(
-        ("often", "frequently", "repeatedly", "regularly", "commonly"),
-        ("oft", "häufig", "oftmals", "öfters", "wiederholt"),
-        ("经常", "常常", "时常", "往往", "屡次"),
-    ),
+    "now": Adverb(("now", "currently", "presently"), ("jetzt", "nun", "derzeit"), ("现在", "目前", "此刻")),
+    "often": Adverb(("often", "frequently", "regularly"), ("oft", "häufig", "öfters"), ("经常", "常常", "时常")),
     "usually": Adverb(
-        ("usually", "normally", "generally", "typically", "mostly"),
-        ("meistens", "gewöhnlich", "normalerweise", "üblicherweise", "meist"),
-        ("通常", "一般", "平常", "平时", "大多"),
+        ("usually", "normally", "generally"), ("meistens", "gewöhnlich", "normalerweise"), ("通常", "一般", "平常")
     ),
-    "suddenly": Adverb(
-        ("suddenly", "abruptly", "unexpectedly", "surprisingly", "instantly"),
-        ("plötzlich", "unvermittelt", "unerwartet", "überraschend", "schlagartig"),
-        ("突然", "忽然", "猛然", "骤然", "顿时"),
-    ),
-    "finally": Adverb(
-        ("finally", "eventually", "ultimately", "lastly", "belatedly"),
-        ("endlich", "schließlich", "letztlich", "zuletzt", "letztendlich"),
-        ("终于", "最终", "最后", "总算", "到头来"),
-    ),
-    "secretly": Adverb(
-        ("secretly", "quietly", "covertly", "discreetly", "privately"),
-        ("heimlich", "insgeheim", "verstohlen", "unbemerkt", "verborgen"),
-        ("暗中", "悄悄地", "偷偷地", "暗地里", "私下里"),
-    ),
+    "suddenly": Adverb(("suddenly", "abruptly"), ("plötzlich", "unvermittelt"), ("突然", "忽然")),
+    "finally": Adverb(("finally", "eventually"), ("endlich", "schließlich"), ("终于", "最终")),
+    "secretly": Adverb(("secretly", "quietly"), ("heimlich", "insgeheim"), ("暗中", "悄悄地")),
 }
 
 PARTICLES = {"en": "really", "de": "wirklich", "zh": "真的"}

@@ -47,12 +47,21 @@ def make_parser(prog: str) -> VerbParser:
     prompt.add_argument("--template", metavar="NAME", help="default: the checkpoint's own, else alpaca")
 
     search = parser.add_argument_group("search")
-    search.add_argument("--num_beams", type=int, default=DEFAULTS.num_beams, help="1 is greedy search")
-    search.add_argument("--no_repeat_ngram_size", type=int, default=DEFAULTS.no_repeat_ngram_size, metavar="N")
-    search.add_argument("--max_new_tokens", type=int, default=DEFAULTS.max_new_tokens, metavar="N")
-    search.add_argument("--min_new_tokens", type=int, default=DEFAULTS.min_new_tokens, metavar="N")
-    search.add_argument("--length_penalty", type=float, default=DEFAULTS.length_penalty)
-    search.add_argument("--early_stopping", choices=("true", "false", "never"), default="false")
+    for name, kind, text in (
+        ("num_beams", int, "1 is greedy search"),
+        ("no_repeat_ngram_size", int, "no n-gram of this size twice; 0 allows all"),
+        ("max_new_tokens", int, "longer answers are cut"),
+        ("min_new_tokens", int, "no EOS before"),
+        ("length_penalty", float, "power of the length that a beam's score is divided by"),
+    ):
+        default = getattr(DEFAULTS, name)
+        search.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
+    search.add_argument(
+        "--early_stopping",
+        choices=("true", "false", "never"),
+        default="false",
+        help="stop a beam search at num_beams finished ones, by transformers' heuristic, or when none can get better",
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--backend", default="hf", help="what decodes (default: hf)")
@@ -87,17 +96,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         get_template(args.template)
 
-    from rich.console import Console
-
     from convexlm.decoding.checkpoint import find_checkpoint
     from convexlm.decoding.job import DecodeJob
     from convexlm.decoding.run import decode_jobs
 
-    console = Console(stderr=True, highlight=False)
     checkpoint = find_checkpoint(args.model_name_or_path, revision=args.revision)
-    settings = _prompt_settings(checkpoint, args.template, console)
+    settings, note = _prompt_settings(checkpoint, args.template)
     job = DecodeJob(test_set, search, Path(args.output_file), settings, instruction)
-    with progress_lines() as progress:
+    with progress_lines(note=note) as progress:
         (result,) = decode_jobs(
             checkpoint,
             [job],
@@ -160,8 +166,8 @@ def _instruction(args: argparse.Namespace) -> str | None:
     return instruction
 
 
-def _prompt_settings(checkpoint: Path, template: str | None, console: Console) -> PromptSettings:
-    """The checkpoint's own prompt settings; a template that was given takes the place of its one."""
+def _prompt_settings(checkpoint: Path, template: str | None) -> tuple[PromptSettings, str]:
+    """The checkpoint's own prompt settings, in which a given template has its place; and what to tell of them."""
     from dataclasses import replace
 
     from convexlm.decoding.checkpoint import has_prompt_settings
@@ -170,12 +176,10 @@ def _prompt_settings(checkpoint: Path, template: str | None, console: Console) -
     known = has_prompt_settings(checkpoint)
     settings = PromptSettings.load(checkpoint) if known else PromptSettings()
     if template is not None:
-        return replace(settings, template=template)
-    if not known:
-        console.print(
-            f"{checkpoint} does not say how its prompts were made (no convexlm.json); using the template "
-            f"`{settings.template}`; --template NAME chooses another",
-            markup=False,
-            soft_wrap=True,
-        )
-    return settings
+        return replace(settings, template=template), ""
+    if known:
+        return settings, ""
+    return settings, (
+        f"{checkpoint} does not say how its prompts were made (no convexlm.json): using the template "
+        f"`{settings.template}`; --template NAME chooses another"
+    )

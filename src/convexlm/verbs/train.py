@@ -12,6 +12,7 @@ from trl import ModelConfig
 from convexlm.config import ConvexConfig
 from convexlm.errors import UserError
 from convexlm.options import VerbParser
+from convexlm.plugins import load_plugins
 from convexlm.training import DataOptions, train_model
 
 if TYPE_CHECKING:
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
 class TrainParser(HfArgumentParser, VerbParser):
     """A verb's parser whose options are the fields of dataclasses, as in TRL's and transformers' own scripts."""
 
+    def __init__(self, prog: str, description: str) -> None:
+        HfArgumentParser.__init__(
+            self,
+            [DataOptions, ModelConfig, ConvexConfig],
+            prog=prog,
+            description=description,
+            formatter_class=argparse.HelpFormatter,
+            conflict_handler="resolve",  # ModelConfig and SFTConfig share an option
+        )
+
 
 def make_parser(prog: str) -> VerbParser:
     """Options: data, model (TRL's ModelConfig) and training (ConvexConfig, so any of SFTConfig's)."""
     parser = TrainParser(
-        [DataOptions, ModelConfig, ConvexConfig],
-        prog=prog,
-        description="Fine-tune a causal language model with an objective. Every option of TRL's SFTConfig is taken.",
-        formatter_class=argparse.HelpFormatter,
-        conflict_handler="resolve",  # ModelConfig and SFTConfig share an option
+        prog, "Fine-tune a causal language model with an objective. Every option of TRL's SFTConfig is taken."
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last complete checkpoint in --output_dir"
@@ -51,7 +58,8 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
     Raises:
         UserError: a value that an option cannot have.
     """
-    made = []
+    load_plugins(values.get("plugins"))
+    made: list[Any] = []
     for cls in (DataOptions, ModelConfig, ConvexConfig):
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         try:

@@ -1,0 +1,180 @@
+"""Which figures a run has: its numbers put into the charts' terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from convexlm.report.charts import (
+    Interval,
+    Line,
+    curves,
+    difference_range,
+    differences,
+    quality_and_cost,
+    strip,
+    strip_axis,
+)
+from convexlm.report.findings import is_sure, seed_deltas
+from convexlm.report.text import delta_text, interval_text, is_number, is_share, metric_title
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from convexlm.report.data import RunData
+
+# Of metrics.jsonl: key, title, note, where the axis starts.
+TRAINING = (
+    ("nll", "Negative log-likelihood", "nats a target token, in training", None),
+    ("eval_nll", "Validation negative log-likelihood", "nats a target token", None),
+    ("weight_mean", "Mean weight of a sequence", "1 for every sequence under maximum likelihood", 0.0),
+    ("effective_sample_size", "Effective sample size", "share of the batch that the gradient listens to", 0.0),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title and a note."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+def strips(run: RunData) -> dict[str, Any]:
+    """The main table's intervals: `axis`, and a drawing by (search, arm)."""
+    metric = run.comparison["metrics"][0]
+    factor = 100.0 if is_share(metric) else 1.0
+    found: dict[tuple[str, str], tuple[Interval, str]] = {}
+    for row in run.comparison["table"]:
+        if row["metric"] != metric or not is_number(row.get("delta")):
+            continue
+        seeds = seed_deltas(run, row["search"], row["arm"], metric)
+        title = f"{row['arm']}, {row['search']}: {delta_text(row['delta'], metric)}, {interval_text(row, metric)}"
+        found[row["search"], row["arm"]] = (_interval(run, row, row["arm"], seeds), title)
+    if not found:
+        return {"axis": None, "cells": {}}
+    limits = difference_range([one for one, _ in found.values()])
+    cells = {key: strip(one, limits, title) for key, (one, title) in found.items()}
+    return {"axis": strip_axis(limits, factor), "cells": cells}
+
+
+def training_figures(run: RunData) -> list[Figure]:
+    """Curves over training steps, a line an arm and seed; only what the runs logged."""
+    found = []
+    for key, title, note, low in TRAINING:
+        lines = []
+        for one in run.runs:
+            points = [
+                (float(row["step"]), float(row[key]) if is_number(row[key]) else None)
+                for row in run.metrics.get(one.name, [])
+                if key in row and is_number(row.get("step"))
+            ]
+            lines.append(Line(one.arm, run.style(one.arm), points))
+        svg = curves(f"{title} over steps", lines, low=low)
+        if svg is not None:
+            found.append(Figure(title, note, svg))
+    return found
+
+
+def checkpoint_figures(run: RunData) -> list[Figure]:
+    """Score over checkpoints, a panel a search, if more than one checkpoint was decoded: the mean over directions."""
+    metric = run.comparison["metrics"][0]
+    found = []
+    for search in run.comparison["searches"]:
+        lines, most = [], 0
+        for one in run.runs:
+            by_step: dict[int, list[float]] = {}
+            for row in run.scores:
+                mine = row.get("arm") == one.arm and row.get("seed") in (one.seed, None)
+                if mine and row.get("search") == search and row.get("metric") == metric and is_number(row["score"]):
+                    by_step.setdefault(_step(row["checkpoint"]), []).append(row["score"])
+            points: list[tuple[float, float | None]] = [
+                (float(step), sum(values) / len(values)) for step, values in sorted(by_step.items())
+            ]
+            most = max(most, len(points))
+            lines.append(Line(one.arm, run.style(one.arm), points))
+        if most < 2:
+            continue
+        svg = curves(f"{metric_title(metric)} over checkpoints, {search} search", lines)
+        if svg is not None:
+            found.append(Figure(f"{metric_title(metric)} by checkpoint, {search}", "mean over the directions", svg))
+    return found
+
+
+def cost_figures(run: RunData) -> list[Figure]:
+    """Score over decoding seconds a sentence at the compared checkpoints, a line an arm: one figure, or none."""
+    metric = run.comparison["metrics"][0]
+    if len(run.comparison["searches"]) < 2:
+        return []
+    lines = []
+    for arm in run.arms:
+        points: list[tuple[float, float | None]] = []
+        names = []
+        for search in run.comparison["searches"]:
+            rows = [row for row in _final_rows(run, metric) if row["arm"] == arm and row["search"] == search]
+            costs = [_cost(row) for row in rows]
+            known = [cost for cost in costs if cost is not None]
+            if not rows or len(known) < len(rows):
+                continue
+            points.append((sum(known) / len(known), sum(row["score"] for row in rows) / len(rows)))
+            names.append(str(search))
+        if points:
+            lines.append(Line("|".join([arm.replace("|", " "), *names]), run.style(arm), points))
+    svg = quality_and_cost("Quality and decoding cost", lines, metric_title(metric))
+    note = "on the machine that decoded, batched; the gain of a wider search against its price"
+    return [Figure(f"{metric_title(metric)} and what a sentence costs", note, svg)] if svg is not None else []
+
+
+def direction_figures(run: RunData) -> list[Figure]:
+    """Differences from the baseline, a panel a (test set, direction, search), a row an arm and seed."""
+    metric = run.comparison["metrics"][0]
+    rows = [row for row in run.comparison["paired"] if row["metric"] == metric and is_number(row.get("delta"))]
+    if not rows:
+        return []
+    panels: dict[tuple[str, str, str], list[Interval]] = {}
+    for row in rows:
+        arm = row["system"]
+        if arm not in run.arms:
+            continue
+        label = f"{arm} · {row['seed']}" if run.several_seeds else arm
+        panels.setdefault((row["test_set"], row["pair"], row["search"]), []).append(_interval(run, row, label, []))
+    order = {arm: index for index, arm in enumerate(run.arms)}
+    for intervals in panels.values():
+        intervals.sort(key=lambda one: order[one.label.split(" · ")[0]])
+    limits = difference_range([one for intervals in panels.values() for one in intervals])
+    note = f"{metric_title(metric)} against {run.comparison['baseline']}"
+    if run.several_seeds:
+        note += "; arm · training seed"
+    return [
+        Figure(f"{pair}, {search}", f"{test_set}: {note}", differences(f"{test_set} {pair} {search}", found, limits))
+        for (test_set, pair, search), found in panels.items()
+    ]
+
+
+def _interval(run: RunData, row: dict[str, Any], label: str, seeds: list[float]) -> Interval:
+    ends = [row[key] if is_number(row.get(key)) else None for key in ("delta_low", "delta_high")]
+    style = run.style(row.get("arm", row.get("system")))
+    return Interval(label, style, row["delta"], ends[0], ends[1], seeds, is_sure(row))
+
+
+def _final_rows(run: RunData, metric: str) -> list[dict[str, Any]]:
+    """Rows of scores.jsonl at the checkpoints that were compared."""
+    final = {(one.arm, one.seed): run.checkpoint(one) for one in run.runs}
+    return [
+        row
+        for row in run.scores
+        if row.get("metric") == metric
+        and is_number(row.get("score"))
+        and row.get("checkpoint") == final.get((row.get("arm"), row.get("seed")))
+    ]
+
+
+def _cost(row: dict[str, Any]) -> float | None:
+    seconds, count = (row.get("decoding") or {}).get("seconds"), row.get("num_sentences")
+    return seconds / count if is_number(seconds) and is_number(count) and count > 0 and seconds > 0 else None
+
+
+def _step(checkpoint: str) -> int:
+    digits = checkpoint.rsplit("-", 1)[-1]
+    return int(digits) if digits.isdecimal() else 0

@@ -1,0 +1,176 @@
+"""What a comparison comes to: the headline, and the rows of the main table.
+
+A lead is called sure only if the 95 % interval of the difference leaves out zero and both the two-sided p and the
+Holm-corrected p are below 0.05.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from convexlm.report.text import delta_text, interval_text, is_number, is_share, metric_title, p_text, score_text
+
+if TYPE_CHECKING:
+    from convexlm.report.data import RunData
+
+LEVEL = 0.05
+
+
+def is_sure(row: dict[str, Any]) -> bool:
+    """Whether a row's difference from the baseline is more than chance; see the module."""
+    ends = (row.get("delta_low"), row.get("delta_high"))
+    if not is_number(row.get("delta")) or not all(is_number(end) for end in ends):
+        return False
+    known = [row[key] for key in ("p_value", "p_two_sided", "p_holm") if is_number(row.get(key))]
+    return bool(known) and max(known) < LEVEL and ends[0] * ends[1] > 0
+
+
+def headline(run: RunData) -> tuple[str, list[str]]:
+    """One line that says which objective won, and sentences that say by how much and how sure, a search each."""
+    comparison = run.comparison
+    if len(run.arms) == 1:
+        return f"{run.arms[0]}: scores of one objective, with nothing to compare it to", _scores_said(run)
+    found = [_verdict(run, search) for search in comparison["searches"]]
+    winners = [verdict["winner"] for verdict in found]
+    sentences = [verdict["text"] for verdict in found] + _gap_said(run)
+    baseline, metric = comparison["baseline"], comparison["metrics"][0]
+    if len(set(winners)) == 1:
+        winner = winners[0]
+        if winner is None:
+            return f"No objective differs from {baseline} beyond chance", sentences
+        if winner == baseline:
+            return f"{baseline} is ahead of every other objective", sentences
+        searches = "with every search" if len(winners) > 1 else f"with {comparison['searches'][0]} search"
+        lead = found[0]["lead"]
+        suffix = _by(lead, metric) + (f" ({comparison['searches'][0]} search)" if len(winners) > 1 else "")
+        return f"{winner} beats {baseline} {searches}: {suffix}", sentences
+    parts = []
+    for search, winner in zip(comparison["searches"], winners, strict=True):
+        said = "no objective is surely ahead" if winner is None else f"{winner} is ahead"
+        parts.append(f"with {search} search {said}")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:], sentences
+
+
+def main_table(run: RunData) -> list[dict[str, Any]]:
+    """For every search, its rows, an arm each: `arm`, `style`, `baseline`, `scores` (by metric), `gap`, `best`."""
+    comparison = run.comparison
+    cells = {(row["search"], row["arm"], row["metric"]): row for row in comparison["table"]}
+    primary = comparison["metrics"][0]
+    gaps = {(gap["search"], gap["arm"]): gap for gap in comparison["gaps"] if gap["metric"] == primary}
+    groups = []
+    for search in comparison["searches"]:
+        rows = []
+        for arm in run.arms:
+            scores = {metric: cells.get((search, arm, metric), {}) for metric in table_metrics(run)}
+            entry = {"arm": arm, "style": run.style(arm), "baseline": arm == comparison["baseline"]}
+            rows.append(entry | {"search": search, "scores": scores, "gap": gaps.get((search, arm)), "best": False})
+        _mark_best(rows, primary)
+        groups.append({"search": search, "rows": rows})
+    return groups
+
+
+def table_metrics(run: RunData) -> list[str]:
+    """Every measure of the table, the recipe's first metric first."""
+    return list(dict.fromkeys([run.comparison["metrics"][0], *(row["metric"] for row in run.comparison["table"])]))
+
+
+def seed_deltas(run: RunData, search: str, arm: str, metric: str) -> list[float]:
+    """The difference from the baseline under every training seed."""
+    rows = {row["arm"]: row for row in run.comparison["table"] if row["search"] == search and row["metric"] == metric}
+    mine = rows.get(arm, {}).get("by_seed") or {}
+    base = rows.get(run.comparison["baseline"], {}).get("by_seed") or {}
+    return [mine[s] - base[s] for s in mine if s in base and is_number(mine[s]) and is_number(base[s])]
+
+
+def _mark_best(rows: list[dict[str, Any]], metric: str) -> None:
+    scored = [row for row in rows if is_number(row["scores"][metric].get("score"))]
+    if len(scored) > 1:
+        top = max(scored, key=lambda row: _sign(row["scores"][metric]) * row["scores"][metric]["score"])
+        top["best"] = True
+
+
+def _sign(row: dict[str, Any]) -> int:
+    return 1 if row.get("higher_is_better", True) else -1
+
+
+def _verdict(run: RunData, search: str) -> dict[str, Any]:
+    """Who is surely ahead with one search (an arm, or None), the row that says so, and a sentence."""
+    metric, baseline = run.comparison["metrics"][0], run.comparison["baseline"]
+    rows = [
+        row
+        for row in run.comparison["table"]
+        if row["search"] == search and row["metric"] == metric and is_number(row.get("delta"))
+    ]
+    start = f"With {search} search "
+    if not rows:
+        return {"winner": None, "lead": None, "text": f"{start}there is no test against {baseline}."}
+    best = max(rows, key=lambda row: _sign(row) * row["delta"])
+    ahead = _sign(best) * best["delta"] > 0
+    figures = f"{_figures(best, metric)}{_seeds_said(run, search, best['arm'], metric)}"
+    if ahead and is_sure(best):
+        text = f"{start}{best['arm']} scores {score_text(best['score'], metric)} {metric_title(metric)}, {figures}."
+        return {"winner": best["arm"], "lead": best, "text": text}
+    if not ahead and all(is_sure(row) for row in rows):
+        return {
+            "winner": baseline,
+            "lead": best,
+            "text": f"{start}every other objective is behind {baseline}; nearest is {best['arm']}, {figures}.",
+        }
+    text = f"{start}no objective is surely ahead of {baseline}; best of the others is {best['arm']}, {figures}."
+    return {"winner": None, "lead": best, "text": text}
+
+
+def _by(row: dict[str, Any], metric: str) -> str:
+    unit = "points" if is_share(metric) else metric_title(metric)
+    return f"{delta_text(row['delta'], metric)} {unit}"
+
+
+def _figures(row: dict[str, Any], metric: str) -> str:
+    said = f"{delta_text(row['delta'], metric)} against {row.get('baseline', 'the baseline')}"
+    interval = interval_text(row, metric)
+    ps = [f"p {_equals(row.get('p_two_sided', row.get('p_value')))}"]
+    if is_number(row.get("p_holm")):
+        ps.append(f"Holm-corrected {_equals(row['p_holm'])}")
+    return f"{said} (95 % interval {interval}; {', '.join(ps)})" if interval else f"{said} ({', '.join(ps)})"
+
+
+def _equals(value: Any) -> str:
+    text = p_text(value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _seeds_said(run: RunData, search: str, arm: str, metric: str) -> str:
+    deltas = seed_deltas(run, search, arm, metric)
+    if len(deltas) < 2:
+        return ""
+    low, high = (delta_text(value, metric) for value in (min(deltas), max(deltas)))
+    return f"; over the {len(deltas)} training seeds the difference runs from {low} to {high}"
+
+
+def _gap_said(run: RunData) -> list[str]:
+    """What beam search adds to greedy search: for the baseline, and where that is least."""
+    metric, baseline = run.comparison["metrics"][0], run.comparison["baseline"]
+    said = []
+    for search in run.comparison["searches"]:
+        gaps = [g for g in run.comparison["gaps"] if g["search"] == search and g["metric"] == metric]
+        gaps = [gap for gap in gaps if is_number(gap.get("delta"))]
+        base = next((gap for gap in gaps if gap["arm"] == baseline), None)
+        others = [gap for gap in gaps if gap["arm"] != baseline]
+        if base is None or not others:
+            continue
+        least = min(others, key=lambda gap: abs(gap["delta"]))
+        said.append(
+            f"{search} adds {delta_text(base['delta'], metric)} {metric_title(metric)} to greedy search for {baseline}, "
+            f"and {delta_text(least['delta'], metric)} for {least['arm']}."
+        )
+    return said
+
+
+def _scores_said(run: RunData) -> list[str]:
+    metric = run.comparison["metrics"][0]
+    return [
+        f"With {row['search']} search it scores {score_text(row.get('score'), metric)} {metric_title(metric)}."
+        for row in run.comparison["table"]
+        if row["metric"] == metric
+    ]
