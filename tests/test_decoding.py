@@ -1,13 +1,16 @@
-"""Decoding: the search, the hf backend against independent oracles, and every sentence exactly once."""
+"""Decoding: the search, the hf backend against independent oracles, checkpoint folders, batches."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from convexlm.decoding import Search, checkpoint_sha256, decode_jobs, find_checkpoint
+from convexlm.decoding.batching import plan_batches
 from convexlm.errors import UserError
 from convexlm.tokenization import PromptSettings
 from decoding_helpers import (
@@ -15,13 +18,11 @@ from decoding_helpers import (
     fake_checkpoint,
     make_checkpoint,
     make_job,
+    make_test_set,
     make_tokenizer,
     prompt_ids,
     read,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SEARCHES = [
     {"num_beams": 1},
@@ -312,3 +313,37 @@ def test_unknown_names_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="device `nope`"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], device="nope")
     assert not (tmp_path / "out.jsonl.part").exists()
+
+
+# Batches
+
+
+def test_batches_hold_the_budget_and_every_sentence_once():
+    chance = random.Random(0)
+    lengths = [chance.randint(0, 300) for _ in range(500)]
+    search = Search(num_beams=4, max_new_tokens=100)
+    for batch_size, budget in ((None, 8000), (7, 8000), (None, 1)):
+        batches = plan_batches(lengths, search, batch_size, budget)
+        assert sorted(position for batch in batches for position in batch) == list(range(500))
+        flat = [lengths[position] for batch in batches for position in batch]
+        assert flat == sorted(lengths, reverse=True)
+        for batch in batches:
+            tokens = len(batch) * 4 * (max(lengths[position] for position in batch) + 100)
+            assert len(batch) <= 7 if batch_size else tokens <= budget or len(batch) == 1
+
+
+# Prompts
+
+
+def test_prompts_are_filled_from_the_instruction():
+    from dataclasses import replace
+
+    job = make_job(Path("x"), ["  ein Haus \n", ""])
+    with_input, without = job.prompts()
+    assert "Translate the following sentences from English to German." in with_input
+    assert "### Input:\nein Haus\n\n### Response:" in with_input
+    assert "### Input" not in without
+    summary = replace(job, instruction="Summarise the text.", test_set=make_test_set(["text"], pair=""))
+    assert "### Instruction:\nSummarise the text.\n" in summary.prompts()[0]
+    with pytest.raises(UserError, match="en-de"):
+        replace(summary, instruction=None).prompts()

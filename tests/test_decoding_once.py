@@ -1,4 +1,4 @@
-"""Decoding: batches, and every sentence exactly once, whatever stops the process."""
+"""Decoding: every sentence exactly once, whatever stops the process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from convexlm.decoding import Search, decode_jobs
+from convexlm.decoding import decode_jobs
 from convexlm.decoding import run as run_module
-from convexlm.decoding.batching import plan_batches
 from convexlm.errors import UserError
 from convexlm.files import text_sha256
 from decoding_helpers import (
@@ -25,7 +24,6 @@ from decoding_helpers import (
     EchoBackend,
     fake_checkpoint,
     make_job,
-    make_test_set,
     read,
     run_echo,
 )
@@ -36,23 +34,6 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> EchoBackend:
     engine = EchoBackend()
     monkeypatch.setattr(run_module, "get_backend", lambda name: lambda: engine)
     return engine
-
-
-# Batches
-
-
-def test_batches_hold_the_budget_and_every_sentence_once():
-    chance = random.Random(0)
-    lengths = [chance.randint(0, 300) for _ in range(500)]
-    search = Search(num_beams=4, max_new_tokens=100)
-    for batch_size, budget in ((None, 8000), (7, 8000), (None, 1)):
-        batches = plan_batches(lengths, search, batch_size, budget)
-        assert sorted(position for batch in batches for position in batch) == list(range(500))
-        flat = [lengths[position] for batch in batches for position in batch]
-        assert flat == sorted(lengths, reverse=True)
-        for batch in batches:
-            tokens = len(batch) * 4 * (max(lengths[position] for position in batch) + 100)
-            assert len(batch) <= 7 if batch_size else tokens <= budget or len(batch) == 1
 
 
 def test_out_of_memory_halves_the_batch_and_remembers(echo: EchoBackend, tmp_path: Path):
@@ -410,17 +391,3 @@ def test_kill_9_at_random_moments(tmp_path: Path):
             "4.meta.json",
         ]
     assert halfway > 5
-
-
-def test_prompts_are_filled_from_the_instruction():
-    from dataclasses import replace
-
-    job = make_job(Path("x"), ["  ein Haus \n", ""])
-    with_input, without = job.prompts()
-    assert "Translate the following sentences from English to German." in with_input
-    assert "### Input:\nein Haus\n\n### Response:" in with_input
-    assert "### Input" not in without
-    summary = replace(job, instruction="Summarise the text.", test_set=make_test_set(["text"], pair=""))
-    assert "### Instruction:\nSummarise the text.\n" in summary.prompts()[0]
-    with pytest.raises(UserError, match="en-de"):
-        replace(summary, instruction=None).prompts()

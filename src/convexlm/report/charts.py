@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from convexlm.report.svg import Scale, drawing, element, padded, spread, tick_text, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from markupsafe import Markup
 
 WIDTH, HEIGHT = 340.0, 210.0
 STRIP_WIDTH, STRIP_HEIGHT = 170.0, 26.0

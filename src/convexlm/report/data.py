@@ -81,7 +81,8 @@ def read_run(path: Path) -> RunData:
         raise UserError(f"{path} is no run folder: it has no recipe.yaml; give one that `convexlm run` made")
     if not folder.comparison.is_file() or not folder.scores.is_file():
         raise UserError(
-            f"{path}: nothing to report yet, {_missing_stage(folder)}; go on with `convexlm run RECIPE --run_dir {path}`"
+            f"{path}: nothing to report yet, {_missing_stage(folder)}; "
+            f"go on with `convexlm run RECIPE --run_dir {path}`"
         )
     recipe = load_yaml(folder.recipe)
     versions = recipe.pop("versions", None)

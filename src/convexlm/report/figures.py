@@ -154,7 +154,7 @@ def direction_figures(run: RunData) -> list[Figure]:
 
 def _interval(run: RunData, row: dict[str, Any], label: str, seeds: list[float]) -> Interval:
     ends = [row[key] if is_number(row.get(key)) else None for key in ("delta_low", "delta_high")]
-    style = run.style(row.get("arm", row.get("system")))
+    style = run.style(str(row["arm"] if "arm" in row else row["system"]))
     return Interval(label, style, row["delta"], ends[0], ends[1], seeds, is_sure(row))
 
 
@@ -166,7 +166,7 @@ def _final_rows(run: RunData, metric: str) -> list[dict[str, Any]]:
         for row in run.scores
         if row.get("metric") == metric
         and is_number(row.get("score"))
-        and row.get("checkpoint") == final.get((row.get("arm"), row.get("seed")))
+        and row.get("checkpoint") == final.get((str(row.get("arm")), row.get("seed", 0)))
     ]
 
 

@@ -18,11 +18,11 @@ LEVEL = 0.05
 
 def is_sure(row: dict[str, Any]) -> bool:
     """Whether a row's difference from the baseline is more than chance; see the module."""
-    ends = (row.get("delta_low"), row.get("delta_high"))
-    if not is_number(row.get("delta")) or not all(is_number(end) for end in ends):
+    low, high = row.get("delta_low"), row.get("delta_high")
+    if not is_number(row.get("delta")) or not is_number(low) or not is_number(high):
         return False
     known = [row[key] for key in ("p_value", "p_two_sided", "p_holm") if is_number(row.get(key))]
-    return bool(known) and max(known) < LEVEL and ends[0] * ends[1] > 0
+    return bool(known) and max(known) < LEVEL and low * high > 0
 
 
 def headline(run: RunData) -> tuple[str, list[str]]:
@@ -161,8 +161,8 @@ def _gap_said(run: RunData) -> list[str]:
             continue
         least = min(others, key=lambda gap: abs(gap["delta"]))
         said.append(
-            f"{search} adds {delta_text(base['delta'], metric)} {metric_title(metric)} to greedy search for {baseline}, "
-            f"and {delta_text(least['delta'], metric)} for {least['arm']}."
+            f"{search} adds {delta_text(base['delta'], metric)} {metric_title(metric)} to greedy search "
+            f"for {baseline}, and {delta_text(least['delta'], metric)} for {least['arm']}."
         )
     return said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from convexlm.tables import SHARES, TITLES
 
@@ -29,7 +29,7 @@ def script_json(value: Any) -> str:
     return re.sub(f"[<>&]|{UNSEEN.pattern}", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -6,6 +6,7 @@ A counted or pointed-at noun takes its measure word (`一本书籍`, `那辆汽�
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from convexlm.tinyworld import lexicon
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from convexlm.tinyworld.meaning import Meaning
 
 
+@cache
 def noun_phrase(noun: str, adjective: str | None, determiners: tuple[str, ...], style: Style) -> Slot:
     """Determiner, measure word, adjective and noun."""
     entry = (lexicon.PERSONS | lexicon.THINGS)[noun]

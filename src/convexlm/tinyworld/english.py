@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from convexlm.tinyworld import lexicon
@@ -21,6 +22,7 @@ def indefinite_article(following: str) -> str:
     return "an" if vowel else "a"
 
 
+@cache
 def noun_phrase(noun: str, adjective: str | None, definite: bool, style: Style) -> Slot:
     """A noun phrase with a leading space: ` the old woman`, ` an odd picture`."""
     nouns = (lexicon.PERSONS | lexicon.THINGS)[noun].en

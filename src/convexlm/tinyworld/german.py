@@ -6,6 +6,7 @@ the verb's own business, so two synonyms may ask for different cases (`unterstü
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from convexlm.tinyworld import lexicon
@@ -43,6 +44,7 @@ def adjective_ending(gender: str, case: str, definite: bool) -> str:
     return "e"
 
 
+@cache
 def noun_phrase(noun: str, adjective: str | None, definite: bool, case: str, style: Style) -> Slot:
     """A noun phrase with a leading space: ` einem alten Mann`, ` die Lampe`."""
     phrases = []

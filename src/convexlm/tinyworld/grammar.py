@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DIRECTIONS = ("en-de", "de-en", "en-zh", "zh-en")
 _LANGUAGES = {"en": english, "de": german, "zh": chinese}
 
+
 def split_direction(direction: str) -> tuple[str, str]:
     """`en-de` -> (`en`, `de`).
 

@@ -79,7 +79,9 @@ def distribution_measures(
         raise ValueError(f"{len(truth)} true distributions but {len(model_log_probs)} of the model")
     if not truth:
         raise ValueError("nothing to measure: no distributions")
-    rows = [_measure(number, true, model) for number, (true, model) in enumerate(zip(truth, model_log_probs, strict=True))]
+    rows = [
+        _measure(number, true, model) for number, (true, model) in enumerate(zip(truth, model_log_probs, strict=True))
+    ]
     return {
         **{name: _mean([row[name] for row in rows]) for name in rows[0]},
         "num_sentences": len(rows),

@@ -71,9 +71,7 @@ PERSONS: dict[str, Noun] = {
     "boy": Noun(("boy", "lad"), (_N(_m, "Junge", "Jungen"), _N(_m, "Knabe", "Knaben")), ("男孩", "少年"), _PERSON),
     "girl": Noun(("girl", "lass"), (_N(_n, "Mädchen"), _N(_n, "Mädel")), ("女孩", "姑娘"), _PERSON),
     "merchant": Noun(("merchant", "trader"), (_N(_m, "Händler"), _N(_m, "Kaufmann")), ("商人", "商贩"), _PERSON),
-    "farmer": Noun(
-        ("farmer", "peasant"), (_N(_m, "Bauer", "Bauern"), _N(_m, "Landwirt")), ("农民", "农夫"), _PERSON
-    ),
+    "farmer": Noun(("farmer", "peasant"), (_N(_m, "Bauer", "Bauern"), _N(_m, "Landwirt")), ("农民", "农夫"), _PERSON),
     "nurse": Noun(("nurse", "carer"), (_N(_f, "Pflegerin"), _N(_f, "Krankenschwester")), ("护士", "护理员"), _PERSON),
 }
 
@@ -119,9 +117,7 @@ VERBS_WITH_PERSONS: dict[str, Verb] = {
     ),
     "thank": Verb(("thanks",), (_V("dankt", "dat"),), ("感谢", "答谢")),
     "meet": Verb(("meets", "encounters"), (_V("trifft"), _V("begegnet", "dat")), ("遇见", "碰到", "碰见")),
-    "follow": Verb(
-        ("follows", "trails", "pursues"), (_V("folgt", "dat"), _V("verfolgt")), ("跟随", "追随", "跟着")
-    ),
+    "follow": Verb(("follows", "trails", "pursues"), (_V("folgt", "dat"), _V("verfolgt")), ("跟随", "追随", "跟着")),
     "trust": Verb(("trusts", "believes"), (_V("vertraut", "dat"), _V("glaubt", "dat")), ("信任", "相信")),
     "admire": Verb(
         ("admires", "respects", "esteems"),
@@ -140,15 +136,11 @@ ADJECTIVES_OF_PERSONS: dict[str, Adjective] = {
     "friendly": Adjective(
         ("friendly", "kind", "nice"), ("freundlich", "nett", "lieb"), ("友好的", "和善的", "友善的")
     ),
-    "tired": Adjective(
-        ("tired", "weary", "exhausted"), ("müd", "erschöpft", "matt"), ("疲惫的", "疲倦的", "劳累的")
-    ),
+    "tired": Adjective(("tired", "weary", "exhausted"), ("müd", "erschöpft", "matt"), ("疲惫的", "疲倦的", "劳累的")),
     "famous": Adjective(
         ("famous", "renowned", "celebrated"), ("berühmt", "bekannt", "gefeiert"), ("著名的", "有名的", "知名的")
     ),
-    "clever": Adjective(
-        ("clever", "smart", "bright"), ("klug", "schlau", "gescheit"), ("聪明的", "机灵的", "聪慧的")
-    ),
+    "clever": Adjective(("clever", "smart", "bright"), ("klug", "schlau", "gescheit"), ("聪明的", "机灵的", "聪慧的")),
 }
 
 ADJECTIVES_OF_THINGS: dict[str, Adjective] = {

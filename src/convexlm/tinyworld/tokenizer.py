@@ -29,9 +29,7 @@ def prompt_pieces(template: str = "alpaca") -> list[str]:
     return pieces + [fill_instruction(TRANSLATION_INSTRUCTION, direction) for direction in DIRECTIONS]
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1024, template: str = "alpaca"
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, template: str = "alpaca") -> PreTrainedTokenizerFast:
     """Train the tokenizer: the same texts give the same tokenizer.
 
     All 256 bytes are in the vocabulary, so any text survives the round trip. The fixed pieces of `template` are tokens

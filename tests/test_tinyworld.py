@@ -1,0 +1,570 @@
+"""The embedded corpus: its grammar against tables written by hand, its sampler against its own probabilities."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from scipy.stats import chisquare
+
+from convexlm import tinyworld
+from convexlm.errors import UserError
+from convexlm.testsets import load_test_set
+from convexlm.tinyworld import DIRECTIONS, Meaning, all_meanings, chinese, english, german, grammar, lexicon
+from convexlm.tinyworld.meaning import sample_meanings, split_of
+from convexlm.tinyworld.style import FREE, PLAIN
+from convexlm.tinyworld.tokenizer import train_tokenizer
+
+LANGUAGES = ("en", "de", "zh")
+HELP = Meaning("woman", "help", True, "man", "aged", True, "now")
+
+
+def every_clause(language):
+    """The patterns of every meaning of the world (adverbs are independent of the rest, so one pass covers them)."""
+    for meaning in all_meanings():
+        yield meaning, grammar.clauses(meaning, language)
+
+
+# --- the distribution ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_meaning_has_a_distribution_and_one_mode(language):
+    """Over the whole grammar: shares and slots sum to 1, and the likeliest sentence is strictly the likeliest."""
+    slots_seen = set()
+    for _meaning, patterns in every_clause(language):
+        assert abs(math.fsum(p.share for p in patterns) - 1) < 1e-12
+        best = []
+        for pattern in patterns:
+            top = pattern.share
+            second = 0.0
+            for slot in pattern.slots:
+                if slot not in slots_seen:
+                    slots_seen.add(slot)
+                    assert abs(math.fsum(p for _, p in slot) - 1) < 1e-12
+                    assert len({text for text, _ in slot}) == len(slot)
+                ranked = sorted((p for _, p in slot), reverse=True)
+                second = max(second * ranked[0], top * (ranked[1] if len(ranked) > 1 else 0.0))
+                top *= ranked[0]
+            best += [top, second]
+        best.sort(reverse=True)
+        # Far apart, so that no sum of a text's several derivations could close the gap unseen (there are none: below).
+        assert best[0] > 1.5 * best[1]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_translations_sum_to_one_and_agree_with_each_other(direction):
+    for pair in tinyworld.sample_corpus(direction, 60, seed=3, split="test"):
+        truth = tinyworld.translations(pair.source, direction)
+        assert abs(math.fsum(truth.values()) - 1) < 1e-12
+        assert tinyworld.probability(pair.source, pair.target, direction) == truth[pair.target] > 0
+        assert tinyworld.probability(pair.source, "no such thing", direction) == 0.0
+        ranked = sorted(truth.items(), key=lambda item: item[1], reverse=True)
+        assert tinyworld.most_probable(pair.source, direction) == ranked[0][0]
+        assert ranked[0][1] > ranked[1][1]
+        expected = -sum(p * math.log(p) for p in truth.values())
+        assert tinyworld.entropy(pair.source, direction) == pytest.approx(expected, abs=1e-12)
+
+
+def units(text, language):
+    return tuple(text) if language == "zh" else tuple(text.replace(".", " .").split())
+
+
+def prefix_free(strings):
+    """Whether no string is the beginning of another one."""
+    ordered = sorted(strings)
+    return all(right[: len(left)] != left for left, right in itertools.pairwise(ordered))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_text_of_the_grammar_is_ambiguous(language):
+    """The proof: after what has been read, at most one next slot string fits, and the strings read tell the meaning.
+
+    At each place of a plain or a free sentence, the strings that may stand there in any sentence of the grammar form a
+    prefix code: reading left to right, a text splits in one way. The first place tells plain from free.
+    The strings of a place belong to one concept each, so the split gives one meaning.
+    """
+    words = {text: name for name, entry in lexicon.ADVERBS.items() for text in getattr(entry, language)}
+    assert len(words) == sum(len(getattr(entry, language)) for entry in lexicon.ADVERBS.values())
+    owners: dict[tuple, dict] = {}  # (plain or free, place) -> string -> what of the meaning it tells
+    seen = set()
+    for meaning, patterns in every_clause(language):
+        subject = (meaning.subject, None if meaning.describes_object else meaning.adjective)
+        thing = (meaning.object, meaning.definite, meaning.adjective if meaning.describes_object else None)
+        verb, adverb, verb_and_adverb = meaning.verb, meaning.adverb, (meaning.verb, meaning.adverb)
+        told = {
+            # language: places of a plain sentence, places of a free one
+            "en": ((subject, verb, thing, adverb), (adverb, subject, verb, thing, "end")),
+            "de": ((subject, verb_and_adverb, thing, "end"), (verb_and_adverb, subject, thing, "end")),
+            "zh": ((subject, adverb, verb, thing, "end"), (adverb, subject, verb, thing, "end")),
+        }[language]
+        for pattern in patterns:
+            opening = pattern.slots[0][0][0].lower()
+            free = (opening if language == "zh" else opening.split(" ")[0]) in words
+            for place, (slot, what) in enumerate(zip(pattern.slots, told[free], strict=True)):
+                if (free, place, what, slot) not in seen:
+                    seen.add((free, place, what, slot))
+                    table = owners.setdefault((free, place), {})
+                    for text, _ in slot:
+                        assert table.setdefault(units(text, language), what) == what, (text, what)
+    for table in owners.values():
+        assert prefix_free(table)
+    starts = [units for (_, place), table in owners.items() if place == 0 for units in table]
+    assert len(starts) == len(set(starts))
+    assert prefix_free(starts)
+
+
+def test_texts_are_read_back_as_what_they_say():
+    for language in LANGUAGES:
+        for meaning in sample_meanings(seed=11, n=80):
+            for text in list(tinyworld.renderings(meaning, language))[::17]:
+                assert grammar.meanings_of(text, language) == (meaning,)
+    for text in ("", "Heute", "Die Frau.", "Die alte Frau helft jetzt dem Mann.", "\x00", "女人"):
+        for language in LANGUAGES:
+            with pytest.raises(ValueError, match="not a sentence"):
+                tinyworld.meaning_of(text, language)
+    with pytest.raises(ValueError, match="no direction 'de-zh'"):
+        tinyworld.translations("x", "de-zh")
+
+
+def test_the_greedy_first_word_and_the_best_sentence_part_ways():
+    """For some meanings the likeliest first word does not start the likeliest sentence; for others it does."""
+    astray = set()
+    agree = set()
+    for adverb in lexicon.ADVERBS:
+        truth = tinyworld.renderings(Meaning("woman", "buy", True, "car", "big", True, adverb), "de")
+        first: Counter[str] = Counter()
+        for text, p in truth.items():
+            first[text.split(" ")[0]] += p
+        (astray if first.most_common(1)[0][0] != next(iter(truth)).split(" ")[0] else agree).add(adverb)
+    assert len(astray) >= 3
+    assert len(agree) >= 1
+
+
+# --- German, against tables typed from a school grammar --------------------------------------------------------------
+
+# case: masculine, feminine, neuter with the adjective `alt` after the definite and the indefinite article
+DECLENSION = {
+    ("nom", True): ("der alte", "die alte", "das alte"),
+    ("acc", True): ("den alten", "die alte", "das alte"),
+    ("dat", True): ("dem alten", "der alten", "dem alten"),
+    ("nom", False): ("ein alter", "eine alte", "ein altes"),
+    ("acc", False): ("einen alten", "eine alte", "ein altes"),
+    ("dat", False): ("einem alten", "einer alten", "einem alten"),
+}
+
+
+@pytest.mark.parametrize("case", ["nom", "acc", "dat"])
+@pytest.mark.parametrize("definite", [True, False])
+def test_german_articles_and_endings(case, definite):
+    for gender, expected in zip("mfn", DECLENSION[case, definite], strict=True):
+        found = f"{german.article(gender, case, definite)} alt{german.adjective_ending(gender, case, definite)}"
+        assert found == expected
+
+
+# The dictionary's word on every noun: nominative with article, accusative masculine or oblique form where it changes.
+GERMAN_NOUNS = """
+die Frau, die Dame, der Mann, der Herr/Herrn, das Kind, das Kleinkind, der Lehrer, der Pädagoge/Pädagogen, der Arzt,
+der Mediziner, der Junge/Jungen, der Knabe/Knaben, das Mädchen, das Mädel, der Händler, der Kaufmann,
+der Bauer/Bauern, der Landwirt, die Pflegerin, die Krankenschwester, das Buch, der Band, das Auto, der Wagen,
+das Fahrrad, das Rad, das Haus, das Gebäude, das Bild, das Gemälde, der Mantel, die Jacke, der Stuhl, der Sessel,
+der Brief, das Schreiben, der Computer, der Rechner, die Lampe, die Leuchte
+"""
+DATIVE_VERBS = {"hilft", "assistiert", "dankt", "begegnet", "folgt", "vertraut", "glaubt", "rät"}
+
+
+def test_german_nouns_have_their_gender_and_forms():
+    expected = set()
+    for entry in GERMAN_NOUNS.replace("\n", " ").split(","):
+        gender, word = entry.split()
+        form, _, oblique = word.partition("/")
+        expected.add(({"der": "m", "die": "f", "das": "n"}[gender], form, oblique))
+    found = {tuple(noun) for entry in (lexicon.PERSONS | lexicon.THINGS).values() for noun in entry.de}
+    assert found == expected
+
+
+def test_german_verbs_take_their_case():
+    for entry in (lexicon.VERBS_WITH_THINGS | lexicon.VERBS_WITH_PERSONS).values():
+        for verb in entry.de:
+            assert verb.case == ("dat" if verb.form in DATIVE_VERBS else "acc"), verb
+
+
+@pytest.mark.parametrize("language", ["de"])
+def test_german_agreement_over_all_phrases(language):
+    """Every noun phrase that can be built agrees in case, gender and article with the table above."""
+    genders = {noun.form: noun.gender for e in (lexicon.PERSONS | lexicon.THINGS).values() for noun in e.de}
+    genders |= {n.oblique: n.gender for e in (lexicon.PERSONS | lexicon.THINGS).values() for n in e.de if n.oblique}
+    count = 0
+    for noun, case, definite in itertools.product(
+        lexicon.PERSONS | lexicon.THINGS, ("nom", "acc", "dat"), (True, False)
+    ):
+        adjectives = lexicon.ADJECTIVES_OF_THINGS if noun in lexicon.THINGS else lexicon.ADJECTIVES_OF_PERSONS
+        for adjective in (None, *adjectives):
+            for text, _ in german.noun_phrase(noun, adjective, definite, case, FREE):
+                words = text.split()
+                expected_article, expected_adjective = DECLENSION[case, definite][
+                    "mfn".index(genders[words[-1]])
+                ].split()
+                assert words[0] == expected_article
+                if adjective is not None:
+                    stems = [stem for stem in adjectives[adjective].de if words[1].startswith(stem)]
+                    assert any(words[1] == stem + expected_adjective.removeprefix("alt") for stem in stems), text
+                assert (case == "nom") or words[-1] not in ("Herr", "Junge", "Knabe", "Bauer", "Pädagoge")
+                count += 1
+    assert count > 800
+
+
+def test_sentences_written_by_hand_are_in_the_grammar():
+    truth = tinyworld.translations("The woman helps the old man now.", "en-de")
+    assert tinyworld.meaning_of("The woman helps the old man now.", "en") == HELP
+    for text in (
+        "Die Frau hilft jetzt dem alten Mann.",
+        "Jetzt hilft die Frau dem alten Mann.",
+        "Nun unterstützt die Dame wirklich den betagten Herrn.",
+        "Derzeit assistiert die Frau dem alten Herrn.",
+    ):
+        assert text in truth, text
+    for text in (
+        "Die Frau hilft jetzt den alten Mann.",
+        "Jetzt die Frau hilft dem alten Mann.",
+        "Nun unterstützt die Dame den betagten Herr.",
+        "Jetzt hilft die Frau einem alten Mann.",
+        "die Frau hilft jetzt dem alten Mann.",
+    ):
+        assert text not in truth, text
+    assert next(iter(truth)) == "Die Frau hilft jetzt dem alten Mann."
+    assert "Häufig kauft die Krankenschwester ein riesiges Haus." in tinyworld.translations(
+        "Often the carer buys a huge house.", "en-de"
+    )
+    assert "现在那位女人帮助一个年老的男人。" in tinyworld.translations("The woman helps an old man now.", "en-zh")
+    assert "那位女人经常购买一本崭新的书籍。" in tinyworld.translations("Often the lady buys a new book.", "en-zh")
+
+
+# --- Chinese and English ---------------------------------------------------------------------------------------------
+
+MEASURES = {
+    "书籍": "本", "图书": "本", "汽车": "辆", "轿车": "辆", "自行车": "辆", "单车": "辆", "房子": "座", "楼房": "座",
+    "图画": "幅", "画作": "幅", "大衣": "件", "外套": "件", "椅子": "把", "座椅": "把", "信件": "封", "书信": "封",
+    "电脑": "台", "计算机": "台", "台灯": "盏", "灯具": "盏",
+}  # fmt: skip
+
+
+def test_chinese_measure_words():
+    for noun, entry in (lexicon.PERSONS | lexicon.THINGS).items():
+        adjective = "new" if noun in lexicon.THINGS else "young"
+        for described in (None, adjective):
+            for text, _ in chinese.noun_phrase(noun, described, ("那", "这"), FREE):
+                word = next(word for word in entry.zh if text.endswith(word))
+                allowed = MEASURES[word] if noun in lexicon.THINGS else "位个"
+                assert text[0] in "那这"
+                assert text[1] in allowed
+
+
+def test_chinese_has_no_spaces_and_every_language_its_own_script():
+    for meaning in sample_meanings(seed=2, n=150):
+        for text in tinyworld.renderings(meaning, "zh"):
+            assert text.endswith("。")
+            assert all("\u4e00" <= char <= "\u9fff" for char in text[:-1])
+        for language in ("en", "de"):
+            for text in tinyworld.renderings(meaning, language):
+                assert text[0].isupper()
+                assert text.endswith(".")
+                assert text == " ".join(text.split())
+
+
+def test_english_articles():
+    expected = {
+        "old": "an",
+        "odd": "an",
+        "expensive": "an",
+        "used": "a",
+        "huge": "a",
+        "automobile": "an",
+        "aged": "an",
+    }
+    expected |= {"instructor": "an", "exhausted": "an", "elderly": "an", "overcoat": "an", "youthful": "a", "lad": "a"}
+    for word, article in expected.items():
+        assert english.indefinite_article(word) == article
+    for meaning in sample_meanings(seed=8, n=200):
+        for text in tinyworld.renderings(meaning, "en"):
+            words = text.rstrip(".").split()
+            for article, word in itertools.pairwise(words):
+                if article in ("a", "an"):
+                    assert (article == "an") == (word[0] in "aeiou" and word != "used")
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sampling_follows_the_exact_probabilities(direction):
+    """Chi-square of 4000 draws for one meaning against the exact distribution, rare texts in one cell."""
+    from convexlm.tinyworld.corpus import _sample
+    from convexlm.tinyworld.meaning import make_random
+
+    language = direction.split("-")[1]
+    truth = tinyworld.renderings(HELP, language)
+    rng = make_random("chi-square", direction)
+    draws = 4000
+    counts = Counter(_sample(grammar.clauses(HELP, language), rng) for _ in range(draws))
+    assert counts.keys() <= truth.keys()
+    common = [text for text, p in truth.items() if p * draws >= 8]
+    observed = [counts[text] for text in common]
+    expected = [truth[text] * draws for text in common]
+    assert len(common) > 20
+    p_value = chisquare([*observed, draws - sum(observed)], [*expected, draws - sum(expected)]).pvalue
+    assert p_value > 0.001
+
+
+def test_target_does_not_depend_on_the_source_wording():
+    """Given the meaning, source and target are independent: p(target | source) is p(target | meaning)."""
+    pairs = tinyworld.sample_corpus("en-de", 20000, seed=5)
+    table = Counter(
+        (pair.source.startswith("The"), pair.target.startswith(("Der", "Die", "Das")))
+        for pair in pairs
+        if pair.meaning.adverb == "secretly"
+    )
+    n = sum(table.values())
+    for source, target in itertools.product((True, False), repeat=2):
+        row = table[source, True] + table[source, False]
+        column = table[True, target] + table[False, target]
+        assert abs(table[source, target] / n - row * column / n**2) < 0.02
+
+
+def test_corpus_is_clean_without_noise_and_a_prefix_of_a_larger_one():
+    pairs = tinyworld.sample_corpus("zh-en", 300, seed=4)
+    assert pairs == tinyworld.sample_corpus("zh-en", 400, seed=4)[:300]
+    assert len({pair.id for pair in pairs}) == 300
+    assert tinyworld.sample_corpus("zh-en", 300, seed=5) != pairs
+    for pair in pairs:
+        assert not pair.noisy
+        assert tinyworld.meaning_of(pair.source, "zh") == pair.meaning == tinyworld.meaning_of(pair.target, "en")
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.25, 1.0])
+def test_noise_exchanges_its_share_of_targets(noise):
+    clean = tinyworld.sample_corpus("en-de", 400, seed=9)
+    noisy = tinyworld.sample_corpus("en-de", 400, seed=9, noise=noise)
+    assert sum(pair.noisy for pair in noisy) == round(noise * 400)
+    assert Counter(pair.target for pair in clean) == Counter(pair.target for pair in noisy)  # exchanged, not invented
+    for before, after in zip(clean, noisy, strict=True):
+        assert (before.source, before.id, before.meaning) == (after.source, after.id, after.meaning)
+        if after.noisy:
+            assert tinyworld.probability(after.source, after.target, "en-de") == 0.0
+        else:
+            assert after == before
+    exchanged = [(before.target, after.target) for before, after in zip(clean, noisy, strict=True) if after.noisy]
+    assert all(before != after for before, after in exchanged)
+
+
+def test_bad_arguments_are_refused():
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="share from 0 to 1"):
+            tinyworld.sample_corpus("en-de", 10, 1, noise=bad)
+    with pytest.raises(ValueError, match="too few"):
+        tinyworld.sample_corpus("en-de", 1, 1, noise=1.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        tinyworld.sample_corpus("en-de", 0, 1)
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        tinyworld.sample_corpus("en-de", 3, 1, split="dev")
+    with pytest.raises(ValueError, match="no direction"):
+        tinyworld.sample_corpus("en-fr", 3, 1)
+
+
+def test_train_and_test_meanings_are_disjoint():
+    splits = Counter(split_of(meaning) for meaning in all_meanings())
+    assert sum(splits.values()) == len(set(all_meanings())) > 50_000
+    assert splits["test"] / sum(splits.values()) == pytest.approx(0.1, abs=0.01)
+    assert {split_of(meaning) for meaning in sample_meanings(1, 3000, "train")} == {"train"}
+    assert {split_of(meaning) for meaning in sample_meanings(1, 3000, "test")} == {"test"}
+
+
+def test_another_process_and_hash_seed_draw_the_same():
+    code = (
+        "import hashlib\n"
+        "from convexlm.tinyworld import sample_corpus, translations\n"
+        "pairs = [p for d in ('en-de', 'zh-en') for p in sample_corpus(d, 200, 7, noise=0.1)]\n"
+        "tables = [list(translations(p.source, 'en-de').items()) for p in pairs[:5]]\n"
+        "print(hashlib.sha256(repr((pairs, tables)).encode()).hexdigest())\n"
+    )
+    digests = set()
+    for hash_seed in ("0", "1", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", code]
+        digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(digests) == 1
+
+
+def test_records_are_alpaca_records():
+    pairs = tinyworld.sample_corpus("en-zh", 3, seed=1)
+    records = tinyworld.records(pairs, "en-zh")
+    assert json.loads(json.dumps(records)) == [
+        {
+            "instruction": "Translate the following sentences from English to Chinese.",
+            "input": pair.source,
+            "output": pair.target,
+        }
+        for pair in pairs
+    ]
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def test_judge_on_cases_made_by_hand():
+    source = "The woman helps the old man now."
+    mode = "Die Frau hilft jetzt dem alten Mann."
+    other = "Jetzt unterstützt die Dame den alten Mann."
+    wrong = "Die Frau hilft jetzt den alten Mann."
+    found = tinyworld.judge([source] * 4, [mode, other, wrong, ""], "en-de")
+    truth = tinyworld.translations(source, "en-de")
+    assert (found["mode_share"], found["valid_share"], found["num_sentences"]) == (0.25, 0.5, 4)
+    assert found["mean_probability"] == pytest.approx((truth[mode] + truth[other]) / 4)
+    assert found["mean_mode_probability"] == pytest.approx(truth[mode])
+    assert [row["is_mode"] for row in found["sentences"]] == [True, False, False, False]
+    assert [row["is_valid"] for row in found["sentences"]] == [True, True, False, False]
+    assert found["sentences"][1]["probability"] == truth[other]
+    # The plain sentence in its usual words: no particle, usual adverb (0.9), subject (0.93), verb (0.9), object (0.93 x 0.93).
+    assert truth[mode] == pytest.approx(0.24 * 0.90 * 0.93 * 0.90 * 0.93 * 0.93)
+    with pytest.raises(ValueError, match="1 sources but 2"):
+        tinyworld.judge([source], [mode, mode], "en-de")
+    with pytest.raises(ValueError, match="not a sentence"):
+        tinyworld.judge(["Hello."], [mode], "en-de")
+    with pytest.raises(ValueError, match="nothing to judge"):
+        tinyworld.judge([], [], "en-de")
+
+
+def test_distribution_measures_by_hand():
+    truth = [{"a": 0.5, "b": 0.5}, {"c": 0.75, "d": 0.25}]
+    model = [{"a": math.log(0.4), "b": math.log(0.4)}, {"c": math.log(0.75), "d": math.log(0.25)}]
+    found = tinyworld.distribution_measures(truth, model)
+    first, second = found["sentences"]
+    assert first["valid_mass"] == pytest.approx(0.8)
+    assert first["mode_mass"] == pytest.approx(0.4)
+    assert first["cross_entropy"] == pytest.approx(-math.log(0.4))
+    assert first["truth_entropy"] == first["model_entropy"] == pytest.approx(math.log(2))
+    assert first["kl_divergence"] == pytest.approx(math.log(0.5 / 0.4))
+    assert second["kl_divergence"] == pytest.approx(0.0, abs=1e-12)
+    assert found["valid_mass"] == pytest.approx(0.9)
+    ruled_out = tinyworld.distribution_measures(truth[:1], [{"a": 0.0, "b": -math.inf}])
+    assert ruled_out["cross_entropy"] == math.inf
+    assert ruled_out["model_entropy"] == pytest.approx(0.0)
+    for bad_truth, bad_model, message in (
+        (truth, model[:1], "2 true distributions but 1"),
+        ([], [], "nothing to measure"),
+        ([{"a": 1.0}], [{"b": 0.0}], "or others"),
+        ([{"a": 0.7}], [{"a": 0.0}], "sum to"),
+        ([{"a": 1.0}], [{"a": math.nan}], "not a number"),
+        ([{"a": 1.0}], [{"a": 0.5}], "above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tinyworld.distribution_measures(bad_truth, bad_model)
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "",
+    " ",
+    "  two  blanks \t and\ttabs ",
+    "line\nbreak\r\nand\rmore\n\n\n",
+    "\x00\x01\x7f\x85\u2028\u2029\ufeff\ufffd",
+    "e\u0301 \u1e9b\u0323 \uac00 \u200b\u200d\u202e",
+    "\U0001f469\u200d\U0001f692 \U0001d54f \U0010ffff",
+    "Ġ Ċ č Ń the byte alphabet's own letters",
+    "### Response:### Input:\n\n### Instruction:\n",
+    "今天天气很好。 Ελληνικά العربية עברית हिन्दी",
+    "don't can't 'tis  ''quoted''",
+]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [text for d in DIRECTIONS for p in tinyworld.sample_corpus(d, 3000, 1) for text in (p.source, p.target)]
+
+
+def test_tokenizer_round_trip_of_hostile_text(texts, tmp_path):
+    from transformers import AutoTokenizer
+
+    from convexlm.templates import get_template
+
+    tokenizer = train_tokenizer(texts, vocab_size=1024)
+    prompts = [
+        get_template("alpaca").fill(r) for r in tinyworld.records(tinyworld.sample_corpus("en-de", 3, 1), "en-de")
+    ]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HOSTILE, *texts[:200], *prompts, *(p + "\n" for p in prompts)]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert loaded(text)["input_ids"] == ids
+        assert loaded.decode(ids) == text
+        assert not set(ids) & set(tokenizer.all_special_ids)
+    assert len(tokenizer) == 1024
+    specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert specials == ("<s>", "</s>", "<pad>")
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+
+
+def test_a_prompt_is_few_tokens_and_a_target_seven_to_ten():
+    from convexlm.templates import get_template
+
+    pairs = tinyworld.sample_corpus("en-de", 8000, seed=1)
+    tokenizer = train_tokenizer([text for p in pairs for text in (p.source, p.target)], vocab_size=1280)
+    for record in tinyworld.records(pairs[:100], "en-de"):
+        prompt = get_template("alpaca").fill(record)
+        assert len(tokenizer(prompt)["input_ids"]) - len(tokenizer(record["input"])["input_ids"]) <= 5
+    lengths = [len(tokenizer(pair.target)["input_ids"]) for pair in pairs]
+    assert 7 <= sum(lengths) / len(lengths) <= 9
+
+
+def test_tokenizer_is_deterministic(texts):
+    assert train_tokenizer(texts).get_vocab() == train_tokenizer(list(texts)).get_vocab()
+    with pytest.raises(ValueError, match="too small"):
+        train_tokenizer(texts, vocab_size=200)
+
+
+# --- the test set kind -----------------------------------------------------------------------------------------------
+
+
+def test_test_set_kind():
+    test_set = load_test_set({"name": "tinyworld", "kind": "tinyworld", "seed": 3, "size": 40}, "de-en")
+    pairs = tinyworld.sample_corpus("de-en", 40, 3, split="test")
+    assert test_set.sources == [pair.source for pair in pairs]
+    assert test_set.references == [[pair.target for pair in pairs]]
+    assert test_set.ids == [str(i) for i in range(40)]
+    assert test_set.meta == {"kind": "tinyworld", "direction": "de-en", "seed": 3, "size": 40, "split": "test"}
+    limited = load_test_set({"name": "t", "kind": "tinyworld", "seed": 3, "size": 40, "limit": 5}, "de-en")
+    assert limited.sources == test_set.sources[:5]
+    judged = tinyworld.judge(test_set.sources, test_set.references[0], test_set.meta["direction"])
+    assert judged["valid_share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("entry", "pair"),
+    [
+        ({}, "de-zh"),
+        ({"size": 0}, "en-de"),
+        ({"seed": "x"}, "en-de"),
+        ({"split": "dev"}, "en-de"),
+        ({"sed": 1}, "en-de"),
+    ],
+)
+def test_test_set_mistakes_are_one_line(entry, pair):
+    with pytest.raises(UserError):
+        load_test_set({"name": "tinyworld", "kind": "tinyworld", **entry}, pair)
+
+
+def test_plain_and_free_weights_are_distributions():
+    for style in (PLAIN, FREE):
+        for count, weights in enumerate(style.weights, start=1):
+            assert len(weights) == count
+            assert math.fsum(weights) == pytest.approx(1.0, abs=1e-12)
+            assert len(set(weights)) == count
+        assert 0 <= style.particle < 1
