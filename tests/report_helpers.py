@@ -22,9 +22,9 @@ ARMS = {"mle": 0.32, "convex-k1": 0.2, "convex-k3": 0.12}  # the share of words 
 SEARCHES = {"greedy": 1.0, "beam5": 0.75}
 PAIRS = ("en-de", "en-zh")
 WORDS = {
-    "en": "the old house small bird sees a green tree near river and sings in morning light of town".split(),
-    "de": "das alte Haus kleiner Vogel sieht einen grünen Baum am Fluss und singt im Morgenlicht der Stadt".split(),
-    "zh": list("老房子小鸟看见绿树在河边早晨的阳光里唱歌城市"),
+    "en": "the old house small bird sees a green tree near river and sings in morning light of town",
+    "de": "das alte Haus kleiner Vogel sieht einen grünen Baum am Fluss und singt im Morgenlicht der Stadt",
+    "zh": " ".join("老房子小鸟看见绿树在河边早晨的阳光里唱歌城市"),
 }
 SCRIPT = "<script>alert(1)</script>"
 # One after another, these replace the first hypotheses of an arm.
@@ -115,7 +115,7 @@ def _recipe(seeds: tuple[int, ...], arms: tuple[str, ...], n_samples: int, steps
 
 
 def _sentence(random: Random, lang: str) -> list[str]:
-    return [random.choice(WORDS[lang]) for _ in range(random.randint(8, 16))]
+    return [random.choice(WORDS[lang].split()) for _ in range(random.randint(8, 16))]
 
 
 def _joined(words: list[str], lang: str) -> str:
@@ -136,7 +136,7 @@ def _write_decode(path: Path, test_set: TestSet, share: float, name: str, bad: l
     rows = []
     for index, (source, reference) in enumerate(zip(test_set.sources, test_set.references[0], strict=True)):
         words = list(reference[:-1]) if target == "zh" else reference[:-1].split()
-        words = [random.choice(WORDS[target]) if random.random() < share else word for word in words]
+        words = [random.choice(WORDS[target].split()) if random.random() < share else word for word in words]
         text = bad[index] if index < len(bad) else _joined(words, target)
         row = {"id": str(index), "source": source, "hypothesis": text, "log_prob": -1.5, "tokens": len(words)}
         rows.append(row | {"finished": index % 17 != 3})
@@ -151,7 +151,9 @@ def _write_metrics(path: Path, arm: str, seed: int, steps: int) -> None:
     for step in range(10, steps + 1, 10):
         nll = 2.0 + 4.0 * math.exp(-step / 60) + ARMS[arm] + random.gauss(0, 0.05)
         weight = 1.0 if arm == "mle" else math.exp(-nll / 4)
-        rows.append({"step": step, "loss": nll, "nll": nll, "weight_mean": weight, "effective_sample_size": weight**0.3})
+        rows.append(
+            {"step": step, "loss": nll, "nll": nll, "weight_mean": weight, "effective_sample_size": weight**0.3}
+        )
     rows[3]["nll"] = float("nan")
     rows[4]["weight_mean"] = None
     with path.open("w", encoding="utf-8") as file:

@@ -29,8 +29,10 @@ VERBS = {
     "score": "score hypotheses with sacreBLEU",
     "compare": "compare systems with a paired significance test",
     "report": "write a run's report as one HTML page",
+    "theory": "compute the distribution that an objective wants, or write the page that shows it",
 }
 
+PLAIN_WIDTH = 140
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
 
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from rich.console import Console
 
-        module.show(result, Console(highlight=False))
+        # Where there is no terminal to ask, 80 columns would break every table.
+        module.show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH))
     return EXIT_DONE
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import SFTConfig
@@ -21,6 +21,9 @@ class ConvexConfig(SFTConfig):
     Raises:
         ValueError: an unknown objective, a setting that it does not have, or a value outside its range.
     """
+
+    if TYPE_CHECKING:
+        bf16: bool | None
 
     # Options that may come as a JSON string from the command line.
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective_kwargs"]

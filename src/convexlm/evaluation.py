@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from convexlm.files import file_sha256, json_sha256, read_jsonl, write_atomic, write_jsonl
+from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
 from convexlm.pipeline import decoded_checkpoints
 from convexlm.scoring import Scorer, read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
@@ -61,6 +61,7 @@ def evaluate(
             recipe.compare,
             recipe.metrics,
             [[str(d.path.relative_to(folder.path)), file_sha256(d.path)] for d in decoded],
+            [[t.name, t.pair, [text_sha256(stream) for stream in t.references]] for t in test_sets],
         ]
     )
     if folder.comparison.exists() and folder.scores.exists():

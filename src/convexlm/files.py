@@ -89,16 +89,18 @@ def read_jsonl(path: str | Path, *, torn_last_line_ok: bool = False) -> Iterator
     Raises:
         UserError: the file is missing, or a line is no JSON object (the message names the line).
     """
-    lines = read_text(path).split("\n")
+    lines = _decode(path, _read_bytes(path), torn_end_ok=torn_last_line_ok).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        # Beside bad syntax: a number of thousands of digits, or thousands of nested brackets.
+        except (ValueError, RecursionError) as error:
             if torn_last_line_ok and number == len(lines):
                 return
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{path}, line {number}: not valid JSON ({what})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
         yield record
@@ -110,20 +112,28 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: no such file, a folder, unreadable, or not UTF-8 (the message names the line).
     """
-    path = Path(path)
+    return _decode(path, _read_bytes(path))
+
+
+def _read_bytes(path: str | Path) -> bytes:
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        raw = Path(path).read_bytes()
+        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a file") from None
-    except (OSError, EOFError, zlib.error) as error:
+    # ValueError: a path with a NUL in it.
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _decode(path: str | Path, raw: bytes, *, torn_end_ok: bool = False) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if torn_end_ok and error.reason == "unexpected end of data":  # cut in the middle of a character
+            return raw[: error.start].decode("utf-8-sig")
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it first") from None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ FILE_NAME = "metrics.jsonl"
 
 class MetricsFile(TrainerCallback):
     """Appends every log of a run to `metrics.jsonl` in its output folder, on the main process.
+
+    A number that JSON cannot hold (NaN or infinite, as the loss of a diverged run) stands there as null.
 
     When training goes on from a checkpoint, lines of later steps (logged before the run was stopped) are cut first,
     so that no step stands there twice.
@@ -65,10 +68,15 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
     if hasattr(value, "item"):
         value = value.item()
-    try:
-        json.dumps(value)
-    except TypeError:
-        return str(value)
-    return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)

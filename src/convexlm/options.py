@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
+import json
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
 
@@ -33,35 +37,64 @@ class VerbParser(argparse.ArgumentParser):
         Raises:
             UserError: unknown or missing options, a bad value, or an unreadable or unknown-keyed config file.
         """
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder = _ConfigFinder(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         config = finder.parse_known_args(argv)[0].config
-        return self.parse_args([*self._as_options(config), *argv] if config else list(argv))
+        if not config:
+            return self.parse_args(list(argv))
+        # Positionals come first: an option of the file that takes several values would take them, too.
+        first = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+        return self.parse_args([*argv[:first], *self._as_options(config), *argv[first:]])
 
     def _as_options(self, path: str) -> list[str]:
         """The entries of a YAML file as command-line words, so that they are checked like typed ones."""
-        actions = {action.dest: action for action in self._actions}
+        actions = {word.lstrip("-"): action for action in self._actions for word in action.option_strings}
+        positionals = {action.dest for action in self._actions if not action.option_strings}
         words: list[str] = []
         for key, value in load_yaml(path).items():
-            action = actions.get(str(key))
-            if action is None or key in ("config", "help"):
-                known = ", ".join(sorted(set(actions) - {"config", "help"}))
-                raise UserError(f"{path}: unknown option `{key}`; known: {known}")
-            if value is None:
-                continue
-            if not action.option_strings:  # positionals are left to the command line
+            if key in positionals:
                 raise UserError(f"{path}: `{key}` is given on the command line, not in the config file")
-            option = action.option_strings[-1]
-            if isinstance(value, bool):
-                if action.nargs == 0:
-                    words += [option] if value else []
-                else:
-                    words += [option, str(value).lower()]
-            elif isinstance(value, list):
-                words += [option, *map(str, value)]
-            else:
-                words += [option, str(value)]
+            action = actions.get(str(key))
+            if action is None or key in ("config", "help", "h"):
+                known = sorted(name for name in actions if name not in ("config", "help", "h"))
+                raise UserError(f"{path}: unknown option `{key}`{did_you_mean(key, known)}")
+            if action.nargs == 0 and value is not None and not isinstance(value, bool):
+                raise UserError(f"{path}: `{key}` is true or false, not {value!r}")
+            words += _words(f"--{key}", action, value)
         return words
+
+
+def _words(option: str, action: argparse.Action, value: Any) -> list[str]:
+    """One entry of a config file as typed on a command line."""
+    if value is None:
+        return []
+    if action.nargs == 0:
+        return [option] if value else []
+    # Joined by `=`, a value may begin with a dash.
+    if not isinstance(value, list):
+        return [f"{option}={_word(value)}"]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{option}={_word(entry)}" for entry in value]
+    return [option, *map(_word, value)]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+class _ConfigFinder(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def did_you_mean(key: Any, known: Collection[str]) -> str:
+    """What follows "unknown option `key`": the name that was probably meant, else all names if they are few."""
+    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) < 30 else ""
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -70,16 +103,49 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML (the message names the line), or not a mapping.
     """
-    import yaml
-
     from convexlm.files import read_text
 
-    try:
-        value = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    value = parse_yaml(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a YAML mapping (`key: value` lines)")
     return value
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text: safe tags only, `1e-3` is a number, and no key may stand twice in a mapping.
+
+    Raises:
+        UserError: not YAML; the message begins with `where` and names the line.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, brackets nested by the thousand
+        raise UserError(f"{where}: not valid YAML ({error})") from None
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key `{key.value}` is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key.value, str) else "")
+            return super().construct_mapping(node, deep)
+
+    # PyYAML keeps to YAML 1.1, where a float needs a dot; a learning rate of 1e-5 would be a text.
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return Loader

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import file_sha256, json_sha256, write_atomic, write_jsonl
+from convexlm.files import file_sha256, json_sha256, to_json_line, write_atomic, write_jsonl
 from convexlm.progress import note
+from convexlm.recipe import is_whole
 from convexlm.runs import RunFolder, TrainedRun, trained_runs
 from convexlm.testsets import TestSet, load_test_set
 
@@ -39,8 +40,11 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
 
     folder = RunFolder(Path(run_dir))
     begun = time.monotonic()
+    # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
+    if not folder.check(recipe):
+        check_files(recipe)
+    test_sets = load_test_sets(recipe)
     with folder.lock():
-        test_sets = load_test_sets(recipe)  # first, so that a wrong path is told before hours of training
         folder.claim(recipe)
         note(f"[1/5] data  {_prepare_data(recipe, folder)}")
         _write_references(folder, test_sets)
@@ -51,9 +55,7 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         note("[4/5] score and compare")
         comparison = evaluate(recipe, folder, runs, test_sets)
         note("[5/5] report")
-        from convexlm.report import write_report
-
-        write_report(folder.path, folder.report)
+        _report(folder)
     return {
         "recipe": recipe.name,
         "run_dir": str(folder.path),
@@ -65,8 +67,39 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
 
 
 def load_test_sets(recipe: Recipe) -> list[TestSet]:
-    """Every (test set, pair) of a recipe, paths relative to the current folder."""
-    return [load_test_set(spec, pair, Path.cwd()) for spec in recipe.test_sets for pair in spec["pairs"]]
+    """Every (test set, pair) of a recipe, paths relative to the current folder.
+
+    Raises:
+        UserError: as `load_test_set`, or there are no references to score against.
+    """
+    test_sets = [load_test_set(spec, pair, Path.cwd()) for spec in recipe.test_sets for pair in spec["pairs"]]
+    for test_set in test_sets:
+        if not test_set.references:
+            raise UserError(f"test set `{test_set.name}`, {test_set.pair}: there are no `references` to score against")
+    return test_sets
+
+
+def check_files(recipe: Recipe) -> None:
+    """Read the training data and the instruction that a recipe names, and look for its model.
+
+    Raises:
+        UserError: a file is missing or empty, a record cannot be used, or there is no model in the model's folder.
+    """
+    from convexlm.instructions import load_records
+
+    for _, dataset in _datasets(recipe):
+        if isinstance(dataset, str) and Path(dataset).exists():
+            load_records(
+                dataset, template=recipe.data.get("template", "alpaca"), max_records=recipe.data.get("max_records")
+            )
+        elif isinstance(dataset, str) and (
+            Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
+        ):
+            raise UserError(f"data.dataset {dataset}: no such file")
+    model = recipe.model.get("model_name_or_path")
+    if model and Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
+    _instruction(recipe)
 
 
 # -- data
@@ -98,7 +131,9 @@ def _prepare_data(recipe: Recipe, folder: RunFolder) -> str:
 def _write_references(folder: RunFolder, test_sets: list[TestSet]) -> None:
     """Keep what the hypotheses are scored against beside them, for the report and for whoever gets the folder."""
     rows = [{"test_set": t.name, "pair": t.pair, "references": t.references} for t in test_sets]
-    write_jsonl(folder.references, rows)
+    text = "".join(map(to_json_line, rows))
+    if not folder.references.exists() or folder.references.read_bytes() != text.encode():
+        write_atomic(folder.references, text)
 
 
 def _datasets(recipe: Recipe) -> list[tuple[Arm | None, Any]]:
@@ -195,9 +230,9 @@ def accumulation_steps(global_batch_size: int, options: dict[str, Any], arm: str
     if "gradient_accumulation_steps" in options:
         raise UserError(f"arm `{arm}`: give `global_batch_size` or `gradient_accumulation_steps`, not both")
     at_once = int(options.get("per_device_train_batch_size", 8)) * world_size()
-    if global_batch_size < 1 or global_batch_size % at_once:
+    if not is_whole(global_batch_size, 1) or global_batch_size % at_once:
         raise UserError(
-            f"arm `{arm}`: global_batch_size {global_batch_size} is no multiple of per_device_train_batch_size x "
+            f"arm `{arm}`: global_batch_size {global_batch_size!r} is no multiple of per_device_train_batch_size x "
             f"processes = {at_once}"
         )
     return global_batch_size // at_once
@@ -234,7 +269,13 @@ def _train(recipe: Recipe, folder: RunFolder, run: TrainedRun, title: str) -> No
 
 def _training_identity(options: dict[str, Any], folder: RunFolder) -> str:
     """The hash of options and of the local files behind them; the run folder itself may be moved."""
-    plain = {key: str(value).replace(str(folder.path), "RUN") for key, value in options.items()}
+    root = str(folder.path)
+
+    def movable(text: str) -> str:
+        return "RUN" + text.removeprefix(root) if text == root or text.startswith(root + os.sep) else text
+
+    # How many processes share a global batch is no part of it: a run may be decoded on another machine.
+    plain = {key: movable(str(value)) for key, value in options.items() if key != "gradient_accumulation_steps"}
     for key in ("dataset", "eval_dataset"):
         if options.get(key) and Path(options[key]).is_file():
             plain[key] = file_sha256(options[key])
@@ -320,6 +361,17 @@ def _instruction(recipe: Recipe) -> str | None:
             raise UserError(f"decode.instruction_file {path}: the file is empty")
         return text
     return recipe.decode.get("instruction")
+
+
+def _report(folder: RunFolder) -> None:
+    """Write the report; one that says the same already is left as it is."""
+    from convexlm.report import write_report
+
+    fresh = write_report(folder.path, folder.path / ".report.html")
+    if folder.report.exists() and folder.report.read_bytes() == fresh.read_bytes():
+        fresh.unlink()
+    else:
+        fresh.replace(folder.report)
 
 
 def world_size() -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.pipeline import train_options, world_size
+from convexlm.pipeline import check_files, train_options, world_size
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from convexlm.config import ConvexConfig
     from convexlm.recipe import Recipe
 
 SHOWN_OPTIONS = (
@@ -35,6 +36,8 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     from convexlm.decoding import Search
 
     folder = RunFolder(Path(run_dir))
+    check_files(recipe)
+    folder.check(recipe)
     runs = trained_runs(recipe)
     trains = [_plan_training(recipe, folder, run) for run in runs]
     return {
@@ -57,10 +60,10 @@ def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any
     _, _, config = build_options({**options, "use_cpu": True, "bf16": False, "fp16": False})
     records, how = _count_records(recipe, arm)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    epoch = None if records is None or config.packing else steps_of_epoch(config, records)
     steps = config.max_steps if config.max_steps > 0 else None
-    if steps is None and records is not None and not config.packing:
-        batches = math.ceil(records / (config.per_device_train_batch_size * world_size()))
-        steps = math.ceil(config.num_train_epochs * max(1, math.ceil(batches / config.gradient_accumulation_steps)))
+    if steps is None and epoch is not None:
+        steps = math.ceil(config.num_train_epochs * epoch)
     return {
         "run": run.name,
         "seed": run.seed,
@@ -74,7 +77,7 @@ def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any
         "batch": f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} accumulated "
         f"x {world_size()} processes",
         "steps": steps,
-        "checkpoints": _checkpoint_steps(config, steps),
+        "checkpoints": checkpoint_steps(config, steps, epoch),
         "options": {key: options[key] for key in SHOWN_OPTIONS if options.get(key) is not None},
         "output_dir": str(folder.train(run)),
     }
@@ -86,26 +89,40 @@ def _count_records(recipe: Recipe, arm: Any) -> tuple[int | None, str]:
     dataset = arm.dataset or recipe.data["dataset"]
     limit = recipe.data.get("max_records")
     if isinstance(dataset, dict):
-        return int(dataset.get("size", 20000)), "generated"
+        directions = len(dataset.get("directions", ["en-de"]))
+        size = int(dataset.get("size", 20000)) // directions * directions
+        return (min(size, limit) if limit else size), "generated"
     if Path(dataset).exists():
         records = load_records(dataset, template=recipe.data.get("template", "alpaca"), max_records=limit)
         return len(records), "counted; those whose prompt fills max_length will be dropped"
-    if Path(dataset).suffix in (".json", ".jsonl", ".gz"):
-        raise UserError(f"{dataset}: no such file")
     known = recipe.data.get("num_records")
     if known is None:
         return limit, "the hub was not asked"
     return (min(known, limit) if limit else known), "as the recipe says (`data.num_records`)"
 
 
-def _checkpoint_steps(config: Any, steps: int | None) -> list[int]:
-    if str(config.save_strategy) == "epoch" or getattr(config.save_strategy, "value", "") == "epoch":
-        epochs = int(config.num_train_epochs)
-        return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)] if steps else []
-    if not steps:
+def steps_of_epoch(config: ConvexConfig, records: int) -> int:
+    """Optimizer steps of one pass over so many records, as transformers' Trainer counts them."""
+    per_batch = config.per_device_train_batch_size * world_size()
+    batches = records // per_batch if config.dataloader_drop_last else math.ceil(records / per_batch)
+    return max(1, math.ceil(batches / config.gradient_accumulation_steps))
+
+
+def checkpoint_steps(config: ConvexConfig, steps: int | None, epoch: int | None) -> list[int]:
+    """The steps at which training saves and that are kept; empty if they are not known.
+
+    Args:
+        config: the training options.
+        steps: all steps; None if not known.
+        epoch: the steps of an epoch; None if not known.
+    """
+    strategy = getattr(config.save_strategy, "value", config.save_strategy)
+    every = epoch
+    if strategy == "steps" and steps:
+        every = int(config.save_steps) if config.save_steps >= 1 else math.ceil(config.save_steps * steps)
+    if not steps or not every or strategy not in ("steps", "epoch"):
         return []
-    every = config.save_steps if config.save_steps >= 1 else math.ceil(config.save_steps * steps)
-    saved = [*range(int(every), steps, int(every)), steps]
+    saved = [*range(every, steps, every), steps]
     return saved[-config.save_total_limit :] if config.save_total_limit else saved
 
 
@@ -150,16 +167,18 @@ def _test_set_sizes(recipe: Recipe) -> list[tuple[str, str, int | None]]:
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:
     """Print a plan for people."""
+    from rich.markup import escape
 
     def line(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    console.print(f"[bold]{plan['recipe']}[/bold] -> {plan['run_dir']}  (dry run: nothing is loaded or written)\n")
+    run_dir = escape(plan["run_dir"])
+    console.print(f"[bold]{plan['recipe']}[/bold] -> {run_dir}  (dry run: nothing is loaded or written)\n")
     for train in plan["train"]:
         records = "records not counted" if train["records"] is None else f"{train['records']:,} records"
         steps = "steps not known yet" if train["steps"] is None else f"{train['steps']:,} steps"
         epochs = f", {train['epochs']:g} epochs" if train["epochs"] else ""
-        console.print(f"[bold]train {train['run']}[/bold]  seed {train['seed']}, from {train['start']}")
+        console.print(f"[bold]train {train['run']}[/bold]  seed {train['seed']}, from {escape(train['start'])}")
         line(f"  data     {train['dataset']}: {records} ({train['records_from']})")
         line(f"  prompts  template {train['template']}")
         line(f"  steps    {steps}{epochs}, global batch {train['global_batch']} = {train['batch']}")

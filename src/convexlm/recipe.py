@@ -22,15 +22,17 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.options import load_yaml
+from convexlm.options import did_you_mean, load_yaml, parse_yaml
 from convexlm.plugins import load_plugins
+from convexlm.templates import get_template, split_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -128,6 +130,7 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     if not isinstance(raw.setdefault("train", {}), dict):
         raise wrong("`train` must be a mapping of training options")
     arms = _check_arms(raw, wrong)
+    _in_recipe("data.template", lambda: get_template(str(raw["data"].get("template", "alpaca"))), wrong)
     recipe = Recipe(
         name=name,
         resolved=raw,
@@ -137,7 +140,7 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         data=raw["data"],
         test_sets=_check_test_sets(raw.get("test_sets"), wrong),
         decode=_check_decode(raw["decode"], wrong),
-        metrics=tuple(raw["score"].setdefault("metrics", ["bleu", "chrf"])),
+        metrics=_check_metrics(raw["score"].setdefault("metrics", ["bleu", "chrf"]), wrong),
         compare=raw["compare"],
         source=path,
     )
@@ -147,8 +150,9 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     baseline = raw["compare"].setdefault("baseline", "mle" if "mle" in decoded else decoded[0])
     if baseline not in decoded:
         raise wrong(f"`compare.baseline` is `{baseline}`, which is no arm that is decoded: {', '.join(decoded)}")
-    raw["compare"].setdefault("n_samples", 1000)
-    raw["compare"].setdefault("seed", 12345)
+    for key, default, least in (("n_samples", 1000, 1), ("seed", 12345, 0)):
+        if not is_whole(value := raw["compare"].setdefault(key, default), least):
+            raise wrong(f"`compare.{key}` must be a whole number of at least {least}, not {value!r}")
     return recipe
 
 
@@ -159,7 +163,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
     known = _train_options()
     for key in raw["train"]:
         if key not in known:
-            raise wrong(f"unknown option `train.{key}`{_did_you_mean(key, known)}")
+            raise wrong(f"unknown option `train.{key}`{did_you_mean(key, known)}")
     made: list[Arm] = []
     for name, entry in arms.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -169,11 +173,13 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
             raise wrong(f"arm `{name}` must be a mapping of options")
         for key in entry:
             if key not in known | ARM_KEYS:
-                raise wrong(f"arm `{name}`: unknown option `{key}`{_did_you_mean(key, known | ARM_KEYS)}")
+                raise wrong(f"arm `{name}`: unknown option `{key}`{did_you_mean(key, known | ARM_KEYS)}")
         start = entry.get("init_from")
         if start is not None and start not in [arm.name for arm in made]:
             raise wrong(f"arm `{name}`: `init_from: {start}` names no arm that comes before it")
         options = {**raw["train"], **{key: value for key, value in entry.items() if key not in ARM_KEYS}}
+        if "objective" not in options:
+            raise wrong(f"arm `{name}`: `objective` is missing; give mle, convex, power, ...")
         _check_objective(options, name, wrong)
         made.append(Arm(name, options, start, bool(entry.get("decode", True)), entry.get("dataset")))
     return tuple(made)
@@ -195,11 +201,36 @@ def _check_objective(options: dict[str, Any], arm: str, wrong: Any) -> None:
 def _check_seeds(seeds: Any, wrong: Any) -> tuple[int, ...]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         seeds = [seeds]
-    if not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) or isinstance(s, bool) for s in seeds):
-        raise wrong(f"`seeds` must be a list of whole numbers, not {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or any(not is_whole(s, 0) or s >= 2**32 for s in seeds):
+        raise wrong(f"`seeds` must be a list of whole numbers from 0 to 2^32 - 1, not {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise wrong("`seeds` names a seed twice")
     return tuple(seeds)
+
+
+def _check_metrics(metrics: Any, wrong: Any) -> tuple[str, ...]:
+    from convexlm.scoring import get_metric
+
+    if not isinstance(metrics, list) or not metrics or any(not isinstance(name, str) for name in metrics):
+        raise wrong(f"`score.metrics` must be a list such as [bleu, chrf], not {metrics!r}")
+    for name in metrics:
+        _in_recipe("score.metrics", partial(get_metric, name), wrong)
+    if len(set(metrics)) < len(metrics):
+        raise wrong("`score.metrics` names a metric twice")
+    return tuple(metrics)
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value of a recipe is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _in_recipe(key: str, check: Callable[[], Any], wrong: Any) -> None:
+    """A check from another module, its complaint put under the recipe's file and key."""
+    try:
+        check()
+    except UserError as error:
+        raise wrong(f"`{key}`: {error}") from None
 
 
 def _check_test_sets(test_sets: Any, wrong: Any) -> tuple[dict[str, Any], ...]:
@@ -217,6 +248,7 @@ def _check_test_sets(test_sets: Any, wrong: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(pairs, list) or not pairs:
             raise wrong(f"test set `{entry['name']}`: `pairs` is missing, such as [de-en, en-de]")
         for pair in pairs:
+            _in_recipe(f"test_sets.{entry['name']}.pairs", partial(split_pair, pair), wrong)
             if (entry["name"], pair) in seen:
                 raise wrong(f"test set `{entry['name']}` has the pair {pair} twice")
             seen.add((entry["name"], pair))
@@ -224,6 +256,7 @@ def _check_test_sets(test_sets: Any, wrong: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
+    from convexlm.decoding.backends import get_backend
     from convexlm.decoding.search import Search
 
     searches = decode.setdefault("searches", [{"num_beams": 1}, {"num_beams": 4}])
@@ -238,9 +271,14 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise wrong(f"two entries of `decode.searches` have one name ({', '.join(names)}); give one a `label`")
     checkpoints = decode.setdefault("checkpoints", "last")
-    steps_ok = isinstance(checkpoints, list) and all(isinstance(step, int) and step > 0 for step in checkpoints)
+    steps_ok = isinstance(checkpoints, list) and all(is_whole(step, 1) for step in checkpoints)
     if checkpoints not in ("last", "all") and not (steps_ok and checkpoints):
         raise wrong(f"`decode.checkpoints` is `last`, `all` or a list of steps, not {checkpoints!r}")
+    if steps_ok and len(set(checkpoints)) < len(checkpoints):
+        raise wrong("`decode.checkpoints` names a step twice")
+    if decode.get("batch_size") is not None and not is_whole(decode["batch_size"], 1):
+        raise wrong(f"`decode.batch_size` must be a whole number of at least 1, not {decode['batch_size']!r}")
+    _in_recipe("decode.backend", lambda: get_backend(str(decode.get("backend", "hf"))), wrong)
     if decode.get("instruction") and decode.get("instruction_file"):
         raise wrong("give `decode.instruction` or `decode.instruction_file`, not both")
     return decode
@@ -266,8 +304,6 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], word: str) -> None:
-    import yaml
-
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise UserError(f"--set {word}: expected dotted.key=value, such as train.max_steps=10")
@@ -277,10 +313,7 @@ def _override(raw: dict[str, Any], word: str) -> None:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             raise UserError(f"--set {word}: `{part}` is no mapping in this recipe")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {word}: the value is not valid YAML") from None
+    place[last] = parse_yaml(text, f"--set {word}")
 
 
 def _variables(raw: dict[str, Any], path: Path) -> dict[str, str]:
@@ -330,13 +363,4 @@ def _model_options() -> set[str]:
 def _only_known(mapping: Mapping[str, Any], known: set[str], wrong: Any, what: str) -> None:
     for key in mapping:
         if key not in known:
-            raise wrong(f"unknown {what}: `{key}`{_did_you_mean(str(key), known)}")
-
-
-def _did_you_mean(key: str, known: set[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return f"; known: {', '.join(sorted(known))}" if len(known) < 30 else ""
+            raise wrong(f"unknown {what}: `{key}`{did_you_mean(key, known)}")

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from convexlm.errors import UserError
-from convexlm.files import json_sha256, read_text, write_atomic
+from convexlm.files import json_sha256, write_atomic
+from convexlm.options import load_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,36 +95,47 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to another recipe, or holds something else.
         """
+        if self.check(recipe):
+            return
+        text = yaml.safe_dump({**recipe.resolved, "versions": versions()}, sort_keys=False, allow_unicode=True)
+        write_atomic(self.recipe, text)
+
+    def check(self, recipe: Recipe) -> bool:
+        """Whether this folder is the recipe's already; False where there is nothing yet. Writes nothing.
+
+        Raises:
+            UserError: the folder belongs to another recipe, or holds something else.
+        """
         if self.recipe.exists():
-            theirs = yaml.safe_load(read_text(self.recipe))
-            if not isinstance(theirs, dict):
-                raise UserError(f"{self.recipe}: not a recipe; choose another --run_dir")
-            difference = _first_difference(_identity(theirs), _identity(recipe.resolved))
+            difference = _first_difference(_identity(load_yaml(self.recipe)), _identity(recipe.resolved))
             if difference:
                 raise UserError(
                     f"{self.path} belongs to another recipe: {difference}; choose another --run_dir, or delete it"
                 )
-            return
-        if self.path.is_file():
+            return True
+        if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file, not a folder")
-        if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        # A run that was killed at its very start leaves its lock, and perhaps a half-written recipe beside it.
+        if self.path.is_dir() and any(
+            entry.name != ".lock" and not entry.name.startswith(".recipe.yaml.") for entry in self.path.iterdir()
+        ):
             raise UserError(
                 f"{self.path} holds files but no recipe.yaml, so it is no run folder; choose another --run_dir"
             )
-        text = yaml.safe_dump({**recipe.resolved, "versions": versions()}, sort_keys=False, allow_unicode=True)
-        write_atomic(self.recipe, text)
+        return False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or it cannot be made.
         """
-        if self.path.is_file():
-            raise UserError(f"{self.path}: is a file, not a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be used as a run folder ({error.strerror or error})") from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,34 +20,50 @@ SURE = 0.05
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
-    """Print the table of a `comparison.json`, and one sentence that reads it."""
+    """Print the table of a `comparison.json`, and the sentences that read it; fits 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    metrics = list(dict.fromkeys(row["metric"] for row in comparison["table"]))
-    table = Table(title=_title(comparison), title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("arm")
-    table.add_column("search")
-    for metric in metrics:
-        table.add_column(TITLES.get(metric, metric), justify="right")
-        if metric in (metrics[0], "mode_share") and len(comparison["arms"]) > 1:
-            table.add_column(f"vs {comparison['baseline']} [95 %]", justify="right")
-            table.add_column("p", justify="right")
-    table.add_column("beam - greedy [95 %]", justify="right")
+    arms, baseline = comparison["arms"], comparison["baseline"]
+    metrics = [metric for metric in _metrics(comparison) if metric != "valid_share"]
     cells = {(row["arm"], row["search"], row["metric"]): row for row in comparison["table"]}
-    gaps = {(gap["arm"], gap["search"]): gap for gap in comparison["gaps"] if gap["metric"] == metrics[0]}
-    for arm in comparison["arms"]:
-        for number, search in enumerate(comparison["searches"]):
-            line = [arm if number == 0 else "", search]
+    console.print(_title(comparison), style="bold", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for metric in metrics:
+        table.add_column(TITLES.get(metric, metric), justify="right", no_wrap=True)
+        if metric == metrics[0] and len(arms) > 1:
+            table.add_column(f"vs {baseline} [95 %]", justify="right", no_wrap=True)
+        if metric in (metrics[0], "mode_share") and len(arms) > 1:
+            table.add_column("p", justify="right", no_wrap=True)
+    for search in comparison["searches"]:
+        table.add_row(search, style="bold")
+        for arm in arms:
+            line = [f"  {arm}"]
             for metric in metrics:
                 row = cells[arm, search, metric]
                 line.append(_value(row["score"], metric))
-                if metric in (metrics[0], "mode_share") and len(comparison["arms"]) > 1:
-                    line += [_delta(row, metric), _p(row)]
-            line.append(_gap(gaps.get((arm, search))))
-            table.add_row(*line, end_section=number == len(comparison["searches"]) - 1)
+                if metric == metrics[0] and len(arms) > 1:
+                    line.append(_delta(row))
+                if metric in (metrics[0], "mode_share") and len(arms) > 1:
+                    line.append(_p(row))
+            table.add_row(*line)
+    gaps = [gap for gap in comparison["gaps"] if gap["metric"] == metrics[0]]
+    for search in dict.fromkeys(gap["search"] for gap in gaps):
+        table.add_section()
+        table.add_row(f"{search} - greedy", style="bold")
+        for gap in gaps:
+            if gap["search"] == search:
+                rest = [_delta(gap), _p(gap)] if len(arms) > 1 else []
+                table.add_row(f"  {gap['arm']}", f"{gap['delta']:+.2f}", *rest)
     console.print(table)
+    console.print()
     for sentence in conclusions(comparison):
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
+
+
+def _metrics(comparison: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["metric"] for row in comparison["table"]))
 
 
 def conclusions(comparison: dict[str, Any]) -> list[str]:
@@ -77,9 +93,8 @@ def _title(comparison: dict[str, Any]) -> str:
     corpora = comparison["corpora"]
     where = ", ".join(f"{corpus['test_set']} {corpus['pair']}" for corpus in corpora)
     seeds = len(comparison["seeds"])
-    means = (
-        "" if len(corpora) * seeds == 1 else f"; means over {seeds} seed{'s' * (seeds > 1)} and {len(corpora)} corpora"
-    )
+    over = [f"{count} {what}" for count, what in ((len(corpora), "test sets"), (seeds, "seeds")) if count > 1]
+    means = f"; means over {' and '.join(over)}" if over else ""
     return f"{comparison['recipe']}: {where}{means}"
 
 
@@ -87,19 +102,13 @@ def _value(score: float, metric: str) -> str:
     return f"{100 * score:.1f} %" if metric in SHARES else f"{score:.2f}"
 
 
-def _delta(row: dict[str, Any], metric: str) -> str:
+def _delta(row: dict[str, Any]) -> str:
     if row.get("delta") is None:
         return ""
-    scale, digits = (100, 1) if metric in SHARES else (1, 2)
-    values = [f"{scale * row[key]:+.{digits}f}" for key in ("delta", "delta_low", "delta_high")]
-    return f"{values[0]} [{values[1]}, {values[2]}]"
+    return f"{row['delta']:+.2f} [{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"
 
 
 def _p(row: dict[str, Any]) -> str:
     if row.get("p_two_sided") is None:
         return ""
     return f"{row['p_two_sided']:.3f}" + ("*" if row["p_two_sided"] < SURE else "")
-
-
-def _gap(gap: dict[str, Any] | None) -> str:
-    return "" if gap is None else f"{gap['delta']:+.2f} [{gap['delta_low']:+.2f}, {gap['delta_high']:+.2f}]"

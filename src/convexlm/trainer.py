@@ -13,13 +13,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer, pack_dataset
 
 from convexlm.collator import ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
+from convexlm.refusals import refuse_what_cannot_be_honoured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-WHOLE_SEQUENCES = "`bfd` (packs whole sequences) or `padding_free=True`"
 
 
 class ConvexTrainer(SFTTrainer):
@@ -50,8 +49,17 @@ class ConvexTrainer(SFTTrainer):
         if not isinstance(args, ConvexConfig):
             raise ValueError(f"`args` must be a ConvexConfig, not {type(args).__name__}")
         self.objective: Objective = args.build_objective()
-        _refuse_what_cannot_be_honoured(args, self.objective, kwargs)
-        super().__init__(model=model, args=args, **kwargs)
+        refuse_what_cannot_be_honoured(args, self.objective, kwargs)
+        self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
+        self._seen: Tensor | None = None
+        # TRL refuses `max_length` with `padding_free`, for it does not enforce it; `_prepare_dataset` below does.
+        limit, prepares = args.max_length, not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        self._lifted_max_length = limit if args.padding_free and not args.packing and prepares else None
+        try:
+            args.max_length = None if self._lifted_max_length is not None else limit
+            super().__init__(model=model, args=args, **kwargs)
+        finally:
+            args.max_length = limit
         if self._is_vision_dataset:
             raise ValueError("datasets with images are not supported: objectives are defined on text targets")
         parallelism = self.accelerator.parallelism_config
@@ -74,7 +82,12 @@ class ConvexTrainer(SFTTrainer):
             self.add_callback(_SilentProgress)
         # The loss comes normalised by the global batch, so the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
-        self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
+        if isinstance(self.train_dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            logger.warning(
+                "The training data are a stream, whose length is unknown: where it ends within a batch, that batch is "
+                "filled up over the %d processes with records from its beginning, which then count twice.",
+                self.accelerator.num_processes,
+            )
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -82,8 +95,10 @@ class ConvexTrainer(SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """TRL's preparation, with the `weight` column carried through packing."""
-        columns = dataset.column_names
-        has_weights = columns is not None and "weight" in columns
+        if self._lifted_max_length is not None:
+            args = copy.copy(args)
+            args.max_length = self._lifted_max_length
+        has_weights = "weight" in _columns(dataset)
         if isinstance(dataset, Dataset) and has_weights:
             for number, weight in enumerate(dataset["weight"]):
                 try:
@@ -104,9 +119,10 @@ class ConvexTrainer(SFTTrainer):
 
     def _prepare_packed(self, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str) -> Any:
         # TRL's own packing keeps only token columns, so the weight becomes one: a number for every token.
+        if args.max_length is None:
+            raise ValueError("`packing` needs a `max_length`: the length of a packed row")
         unpacked_args = copy.copy(args)
-        if args.packing_strategy != "bfd":
-            unpacked_args.max_length = None  # these strategies split what is too long; truncation would lose it
+        unpacked_args.max_length = None  # packing itself cuts or splits what is too long
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked_args, False, formatting_func, name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
 
@@ -130,12 +146,42 @@ class ConvexTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, and their normaliser over all ranks in place of a token count."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches: list[Any] = []
+        for _ in range(num_batches):
+            try:
+                batch = next(epoch_iterator)
+            except StopIteration:
+                break
+            batch, seen = self._without_repeats(batch)
+            self._seen = seen if self._seen is None else self._seen + seen
+            batches.append(batch)
         if not batches:
             return batches, None
         by_length = self.objective.length_weighting == "token"
         count = torch.stack([_count(batch, by_length).to(device) for batch in batches]).sum()
+        while len(batches) < num_batches:
+            # Only a stream ends unforeseen. The Trainer steps at the last micro-batch it expects, so without these
+            # (which count nothing) the gradient would be left over for the next epoch's first step.
+            batches.append({**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)})
         return batches, self.accelerator.gather(count.reshape(1)).sum()
+
+    def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """The batch with records masked that fill up the last batch of several processes, and its number of tokens."""
+        labels, attention = batch["labels"], batch.get("attention_mask")
+        seen = torch.ones_like(labels) if attention is None else attention
+        state = self.accelerator.gradient_state
+        # The sampler of `batch_rebalance` deals records to the processes itself and repeats none.
+        deals = self.model.training and self.args.train_sampling_strategy == "batch_rebalance"
+        if self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0 and not deals:
+            rows = batch.get(ROW)
+            if rows is None:
+                rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
+            # Positions in the last batch of all processes together, of which the first `remainder` are real.
+            first = self.accelerator.process_index * (rows.max() + 1)
+            repeated = first + rows >= state.remainder
+            batch = {**batch, "labels": labels.masked_fill(repeated, IGNORE_INDEX)}
+            seen = seen.masked_fill(repeated, 0)
+        return batch, seen.sum()
 
     def compute_loss(
         self,
@@ -153,34 +199,38 @@ class ConvexTrainer(SFTTrainer):
             num_items_in_batch: the global batch's normaliser from `get_batch_samples`; None in evaluation.
         """
         mode = "train" if self.model.training else "eval"
-        inputs = dict(inputs)
-        token_weights, rows = inputs.pop(WEIGHT, None), inputs.pop(ROW, None)
+        inputs = dict(inputs if mode == "train" else self._without_repeats(inputs)[0])
+        token_weights = inputs.pop(WEIGHT, None)
+        inputs.pop(ROW, None)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         outputs = model(**inputs, fused_lm_head=True)
         mask, log_probs = outputs.label_mask, outputs.log_probs
-        if mode == "eval":
-            mask = mask & self._counts_in_evaluation(rows, mask)
-        sequence_ids = inputs.get("seq_idx")
+        sequence_ids = inputs["seq_idx"][:, 1:] if "seq_idx" in inputs else None
+        sample_weights = None
+        if token_weights is not None:
+            token_weights = token_weights[:, 1:]
+            sample_weights = token_weights
+            if self._wraps(mode):
+                # A row holds pieces of several records and nobody knows where one ends; `wrapped` is allowed only
+                # where a loss is a sum over tokens, so each token may stand for itself.
+                sequence_ids = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+            elif sequence_ids is None:
+                sample_weights = token_weights.amax(dim=1)  # constant within a row but for its padding, which is 0
         out = self._objective_now()(
-            log_probs,
-            mask,
-            sequence_ids=None if sequence_ids is None else sequence_ids[:, 1:],
-            normalizer=num_items_in_batch,
-            sample_weights=_as_sample_weights(token_weights, mask, packed=sequence_ids is not None),
+            log_probs, mask, sequence_ids=sequence_ids, normalizer=num_items_in_batch, sample_weights=sample_weights
         )
         loss = out.loss
         if num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # DDP averages gradients over ranks; this loss is a part of a sum
+            # DDP averages gradients over ranks; this loss is a part of a sum.
+            loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             # A mean over the micro-batch, so it is averaged over the accumulation steps.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
-        self._keep_statistics(mode, out, outputs, mask, inputs)
+        self._keep_statistics(mode, out, outputs, mask if token_weights is None else token_weights * mask)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -192,27 +242,19 @@ class ConvexTrainer(SFTTrainer):
             return self.objective
         return warmed_up(self.objective, min(1.0, (self.state.global_step + 1) / warmup_steps))
 
-    def _counts_in_evaluation(self, rows: Tensor | None, mask: Tensor) -> Tensor:
-        """False on records that a distributed evaluation sees twice, its last batch having been filled up."""
-        state = self.accelerator.gradient_state
-        everything = torch.ones(1, 1, dtype=torch.bool, device=mask.device)
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return everything
-        first = self.accelerator.process_index * self.args.per_device_eval_batch_size
-        rows = torch.arange(mask.shape[0], device=mask.device)[:, None] if rows is None else rows[:, 1:]
-        return everything & (first + rows < state.remainder)
+    def _wraps(self, mode: str) -> bool:
+        args = self.args
+        packs = args.packing if mode == "train" or args.eval_packing is None else args.eval_packing
+        return packs and args.packing_strategy == "wrapped"
 
     # -- what a user watches ------------------------------------------------------------------------------------------
 
-    def _keep_statistics(self, mode: str, out: Any, outputs: Any, mask: Tensor, inputs: dict[str, Any]) -> None:
+    def _keep_statistics(self, mode: str, out: Any, outputs: Any, counts: Tensor) -> None:
+        """Add a micro-batch's sums; `counts` says how often each token counts: its record's weight, 0 if masked."""
         statistics = out.statistics()
-        like = statistics["num_tokens"]
-        statistics["correct"] = (outputs.is_top1 * mask).sum().to(like)
-        statistics["entropy_sum"] = (outputs.entropy.detach() * mask).sum().to(like)
-        statistics["scored"] = mask.sum().to(like)
-        attention = inputs.get("attention_mask")
-        seen = attention.sum() if attention is not None else torch.tensor(inputs["input_ids"].numel())
-        statistics["seen"] = seen.to(like)
+        counts = counts.to(statistics["tokens"])
+        statistics["correct"] = (outputs.is_top1 * counts).sum()
+        statistics["entropy_sum"] = (outputs.entropy.detach().to(counts) * counts).sum()
         kept = self._statistics[mode]
         self._statistics[mode] = statistics if kept is None else merge_statistics(kept, statistics)
 
@@ -221,21 +263,32 @@ class ConvexTrainer(SFTTrainer):
         statistics, self._statistics[mode] = self._statistics[mode], None
         if statistics is None:
             return {}
+        if mode == "train" and self._seen is not None:
+            statistics["seen"], self._seen = self._seen, None
         names = sorted(statistics)
-        local = torch.stack([statistics[name].to(self.accelerator.device) for name in names])
+        dtype = statistics["tokens"].dtype
+        local = torch.stack([statistics[name].to(self.accelerator.device, dtype) for name in names])
         per_rank = self.accelerator.gather(local[None])
         merged = {
             name: column.min() if name in MINIMUM_STATISTICS else column.sum()
             for name, column in zip(names, per_rank.unbind(1), strict=True)
         }
         summary = summarize(merged)
-        scored = max(float(merged["scored"]), 1.0)
-        summary["token_accuracy"] = float(merged["correct"]) / scored
-        summary["entropy"] = float(merged["entropy_sum"]) / scored
-        if mode == "train":
-            self._total_train_tokens += int(merged["seen"])
+        summary["num_target_tokens"] = int(summary["num_target_tokens"])
+        tokens = float(merged["tokens"])
+        summary["token_accuracy"] = float(merged["correct"]) / tokens if tokens else 0.0
+        summary["entropy"] = float(merged["entropy_sum"]) / tokens if tokens else 0.0
+        if "seen" in merged:
+            # Counted on from the log, so that a run that was stopped and resumed counts all of its tokens.
+            before = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
+            self._total_train_tokens = int(next(before, 0)) + int(merged["seen"])
             summary["num_tokens"] = self._total_train_tokens
         return summary
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; statistics of an earlier run are forgotten."""
+        self._statistics["train"] = self._seen = None
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's statistics to what the Trainer logs in training."""
@@ -262,61 +315,23 @@ class _SilentProgress(ProgressCallback):
         """Nothing: the statistics are in `metrics.jsonl` and with the trackers."""
 
 
-def _refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError("`compute_loss_func` would replace the objective; register an objective of your own instead")
-    if args.loss_type != "nll":
-        raise ValueError(
-            f"`loss_type={args.loss_type!r}` is TRL's; here the loss is chosen by `objective` (it has `dft`)"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError("`label_smoothing_factor` is not supported: it needs the full logits; consider `mle_mix`")
-    if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
-        raise ValueError(
-            "Liger's fused linear cross-entropy computes a loss of its own; the objective would be ignored"
-        )
-    if not args.average_tokens_across_devices:
-        raise ValueError(
-            "`average_tokens_across_devices=False` is not supported: objectives are normalised over the global batch"
-        )
-    packs = args.packing or args.eval_packing
-    cuts = packs and args.packing_strategy != "bfd"
-    if (
-        cuts
-        and (objective.level == "sequence" or objective.length_weighting == "sequence")
-        and objective.name != "mle"
-    ):
-        raise ValueError(
-            f"`packing_strategy={args.packing_strategy!r}` cuts sequences, and this objective needs whole ones; "
-            f"use {WHOLE_SEQUENCES}"
-        )
-    if cuts and objective.name == "mle" and objective.length_weighting == "sequence":
-        raise ValueError(
-            f"`packing_strategy={args.packing_strategy!r}` cuts sequences, and can count none; use {WHOLE_SEQUENCES}"
-        )
-    if args.padding_side == "left" and (args.packing or args.padding_free):
-        raise ValueError("`padding_side='left'` has no meaning without padding (`packing` or `padding_free`)")
-
-
-def _as_sample_weights(token_weights: Tensor | None, mask: Tensor, packed: bool) -> Tensor | None:
-    """Weights as an objective takes them: one a row, or one a token where a row holds several sequences."""
-    if token_weights is None:
-        return None
-    if packed:
-        return token_weights[:, 1:]
-    return token_weights.amax(dim=1)  # constant within a row but for its padding, which is 0
+def _columns(dataset: Any) -> list[str]:
+    """The columns of a dataset or stream, from its first record where a stream does not say."""
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def _count(batch: dict[str, Tensor], by_length: bool) -> Tensor:
-    """Target tokens, or sequences with a target token, of a batch, each counted with its weight: 0-d float32."""
+    """Target tokens, or sequences with a target token, of a batch, each counted with its weight: 0-d."""
     mask = batch["labels"][:, 1:] != IGNORE_INDEX
     weights = batch.get(WEIGHT)
-    per_token = mask.float() if weights is None else weights[:, 1:].to(mask.device) * mask
+    # float32 would lose count at 2^24 tokens.
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    per_token = mask.to(dtype) if weights is None else weights[:, 1:].to(mask.device, dtype) * mask
     if by_length:
         return per_token.sum()
     ids = batch.get("seq_idx")
     if ids is None:
         return per_token.amax(dim=1).sum() if per_token.shape[1] else per_token.sum()
     ids = ids[:, 1:].to(mask.device).long()
-    per_sequence = torch.zeros(mask.shape[0], int(ids.max()) + 1 if ids.numel() else 1, device=mask.device)
+    per_sequence = per_token.new_zeros(mask.shape[0], mask.shape[1] + 1)  # a row of n tokens has no more sequences
     return per_sequence.scatter_reduce(1, ids, per_token, "amax").sum()

@@ -28,8 +28,17 @@ def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenization.load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(checkpoint: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def load_model(
+    checkpoint: Path,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    merge_adapter: bool = False,
+) -> Any:
     """The causal language model of a checkpoint, in evaluation mode, from safetensors only.
+
+    An adapter stays beside its base model's weights unless `merge_adapter` adds it to them.
 
     Raises:
         UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
@@ -59,11 +68,40 @@ def load_model(checkpoint: Path, device: str, dtype: torch.dtype, *, trust_remot
         from peft import PeftModel
 
         # Not merged: in bfloat16 a merged model is another one than was trained.
-        model = _or_refuse(
+        adapted = _or_refuse(
             f"{checkpoint}: the adapter cannot be put on its base model {folder}",
             lambda: PeftModel.from_pretrained(model, checkpoint, local_files_only=True, torch_device=device),
-        ).get_base_model()
+        )
+        model = adapted.merge_and_unload() if merge_adapter else adapted.get_base_model()
     return model.eval()
+
+
+def load_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model config of a checkpoint, or of an adapter's base model.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
+    return _or_refuse(
+        f"{folder}: its config cannot be read",
+        lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code),
+    )
+
+
+def load_generation_config(checkpoint: Path) -> Any:
+    """The generation config that transformers gives the model: its own file's, else the model config's."""
+    from transformers import GenerationConfig
+
+    folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
+    if (folder / "generation_config.json").is_file():
+        return _or_refuse(
+            f"{folder}: its generation config cannot be read",
+            lambda: GenerationConfig.from_pretrained(folder, local_files_only=True),
+        )
+    return GenerationConfig.from_model_config(load_config(checkpoint))
 
 
 def _or_refuse(what: str, load: Callable[[], Any]) -> Any:

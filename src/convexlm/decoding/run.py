@@ -69,6 +69,7 @@ def decode_jobs(
     batch_size: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     trust_remote_code: bool = False,
+    compute_type: str | None = None,
     progress: Callable[[DecodeProgress], None] | None = None,
 ) -> list[DecodeResult]:
     """Decode test sets with a checkpoint, every sentence exactly once.
@@ -86,6 +87,7 @@ def decode_jobs(
         batch_size: sentences a batch; None: as many as `token_budget` allows.
         token_budget: tokens of a batch over all beams, prompts and longest answers.
         trust_remote_code: let the checkpoint run its own Python code.
+        compute_type: what the `ctranslate2` backend computes in, `int8` for instance, in place of `dtype`.
         progress: called at the start of each job and after every batch.
 
     Returns:
@@ -101,9 +103,10 @@ def decode_jobs(
         raise UserError(f"the token budget of a batch must be at least 1, not {token_budget}")
     check_checkpoint(checkpoint)
     engine = get_backend(backend)()
+    _check_compute_type(compute_type, dtype, engine)
     _check_jobs(jobs, engine)
     device = choose_device(device)
-    dtype = choose_dtype(checkpoint, device, dtype)
+    dtype = choose_dtype(checkpoint, device, dtype) if compute_type is None else compute_type
     digest = checkpoint_sha256(checkpoint)
     results: dict[int, DecodeResult] = {}
     tasks: dict[int, _Task] = {}
@@ -130,10 +133,22 @@ def decode_jobs(
             for task in tasks.values():
                 task.encoded = _encode(task, engine)
             for place, (number, task) in enumerate(tasks.items(), start=1):
+                engine.begin(task.encoded)
                 batches = plan_batches(list(map(len, task.encoded)), task.job.search, batch_size, token_budget)
                 where = (checkpoint.name, place, len(tasks))
                 results[number] = _decode(task, engine, batches, facts, where, progress)
     return [results[number] for number in range(len(jobs))]
+
+
+def _check_compute_type(compute_type: str | None, dtype: str | None, engine: Backend) -> None:
+    if compute_type is None:
+        return
+    if not engine.compute_types:
+        raise UserError(f"the {engine.name} backend takes a dtype and no compute_type; the ctranslate2 backend does")
+    if compute_type not in engine.compute_types:
+        raise UserError(f"unknown compute_type `{compute_type}`; known: {', '.join(engine.compute_types)}")
+    if dtype is not None:
+        raise UserError("give a dtype or a compute_type, not both")
 
 
 def _check_jobs(jobs: Sequence[DecodeJob], engine: Backend) -> None:
@@ -226,16 +241,25 @@ def _decode(
 
 
 def _record(task: _Task, position: int, hypothesis: Hypothesis, engine: Backend) -> dict[str, Any]:
-    num_tokens, log_prob = len(hypothesis.token_ids), hypothesis.log_prob
-    return {
+    record = {
         "id": task.job.test_set.ids[position],
         "source": task.job.test_set.sources[position],
+        **_answer(hypothesis, engine),
+        "prompt_sha256": prompt_sha256(task.prompts[position]),
+    }
+    if hypothesis.nbest:
+        record["nbest"] = [_answer(other, engine) for other in hypothesis.nbest]
+    return record
+
+
+def _answer(hypothesis: Hypothesis, engine: Backend) -> dict[str, Any]:
+    num_tokens, log_prob = len(hypothesis.token_ids), hypothesis.log_prob
+    return {
         "hypothesis": engine.text(hypothesis),
         "log_prob": log_prob,
         "mean_log_prob": None if log_prob is None or not num_tokens else log_prob / num_tokens,
         "tokens": num_tokens,
         "finished": hypothesis.finished,
-        "prompt_sha256": prompt_sha256(task.prompts[position]),
     }
 
 

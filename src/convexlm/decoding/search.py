@@ -30,6 +30,8 @@ class Search:
             effect on greedy search.
         early_stopping: when a beam search ends, as in transformers: False (a heuristic), True (as soon as
             `num_beams` hypotheses are finished) or "never" (only when none can get better).
+        num_return_sequences: so many of a beam search's best hypotheses are kept in the records; at most `num_beams`.
+            The first is the hypothesis, whatever their number.
         label: the search's name in file names and tables, where two searches would else have the same.
 
     Raises:
@@ -42,10 +44,14 @@ class Search:
     min_new_tokens: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    num_return_sequences: int = 1
     label: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "min_new_tokens": 0}
+        least = {
+            **{"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1},
+            **{"min_new_tokens": 0, "num_return_sequences": 1},
+        }
         for name in least:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
@@ -53,6 +59,11 @@ class Search:
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise UserError(
+                f"num_return_sequences ({self.num_return_sequences}) is more than num_beams ({self.num_beams}): a "
+                "search has no more hypotheses than beams"
             )
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not math.isfinite(penalty):
@@ -83,9 +94,11 @@ class Search:
         return self.label or ("greedy" if self.num_beams == 1 else f"beam{self.num_beams}")
 
     def settings(self) -> dict[str, Any]:
-        """Everything that can change a hypothesis: all options but the label."""
+        """Everything that can change a record: all options but the label (n-best only where asked for)."""
         options = asdict(self)
         del options["label"]
+        if self.num_return_sequences == 1:
+            del options["num_return_sequences"]
         return options
 
     def to_generation_config(self, **token_ids: Any) -> GenerationConfig:
@@ -97,6 +110,7 @@ class Search:
         return GenerationConfig(
             do_sample=False,
             num_beams=self.num_beams,
+            num_return_sequences=self.num_return_sequences,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens or None,
             no_repeat_ngram_size=self.no_repeat_ngram_size or None,

@@ -6,6 +6,7 @@ and every line and dot has its name beside it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def curves(title: str, lines: Sequence[Line], *, x_title: str = "step", low: flo
 
 
 def quality_and_cost(title: str, lines: Sequence[Line], y_title: str) -> Markup | None:
-    """Score over seconds a sentence: an arm's searches joined by a line, each dot named `greedy`, `beam5`.
+    """Score over seconds a sentence: an arm's searches joined by a line, the best arm's dots named `greedy`, `beam5`.
 
     `Line.label` is `ARM` and every point's name comes with it as `ARM|search1|search2|...`.
     """
@@ -138,13 +139,16 @@ def quality_and_cost(title: str, lines: Sequence[Line], y_title: str) -> Markup 
     marks = [*_y_axis(y_scale, left, right), *_x_axis(x_scale, bottom, None)]
     marks.append(element("text", "seconds a sentence", x=right, y=HEIGHT - 4.0, text_anchor="end"))
     ends = []
+    # The names stand once, over the highest line: the dots below it are of the same searches.
+    top_line = max(lines, key=lambda line: max((y for _, y in line.points if y is not None), default=-math.inf))
     for line in lines:
         arm, *names = line.label.split("|")
         known = [(x, y, name) for (x, y), name in zip(line.points, names, strict=True) if y is not None]
         parts = [_path([(x_scale(x), y_scale(y)) for x, y, _ in known])]
         for x, y, name in known:
             parts.append(element("circle", cx=x_scale(x), cy=y_scale(y), r=4.0, class_="dot"))
-            parts.append(element("text", name, x=x_scale(x), y=y_scale(y) - 8, text_anchor="middle", class_="small"))
+            if line is top_line:
+                parts.append(element("text", name, x=x_scale(x), y=y_scale(y) - 8, text_anchor="middle"))
         marks.append(element("g", *parts, class_=line.style))
         if known:
             ends.append((arm, line.style, max(known)))

@@ -32,7 +32,7 @@ def headline(run: RunData) -> tuple[str, list[str]]:
         return f"{run.arms[0]}: scores of one objective, with nothing to compare it to", _scores_said(run)
     found = [_verdict(run, search) for search in comparison["searches"]]
     winners = [verdict["winner"] for verdict in found]
-    sentences = [verdict["text"] for verdict in found] + _gap_said(run)
+    sentences = [verdict["text"] for verdict in found] + _gap_said(run) + _disagreement_said(run)
     baseline, metric = comparison["baseline"], comparison["metrics"][0]
     if len(set(winners)) == 1:
         winner = winners[0]
@@ -162,8 +162,26 @@ def _gap_said(run: RunData) -> list[str]:
         least = min(others, key=lambda gap: abs(gap["delta"]))
         said.append(
             f"{search} adds {delta_text(base['delta'], metric)} {metric_title(metric)} to greedy search "
-            f"for {baseline}, and {delta_text(least['delta'], metric)} for {least['arm']}."
+            f"for {baseline}, and least for {least['arm']}: {delta_text(least['delta'], metric)}."
         )
+    return said
+
+
+def _disagreement_said(run: RunData) -> list[str]:
+    """Where another measure says the opposite of the first one, both surely."""
+    first = run.comparison["metrics"][0]
+    rows = {(row["search"], row["arm"], row["metric"]): row for row in run.comparison["table"]}
+    said = []
+    for (search, arm, metric), row in rows.items():
+        base = rows.get((search, arm, first))
+        if metric == first or base is None or not is_sure(row) or not is_sure(base):
+            continue
+        if _sign(row) * row["delta"] * _sign(base) * base["delta"] < 0:
+            said.append(
+                f"{metric_title(metric)} disagrees: by it {arm} with {search} search is "
+                f"{'ahead of' if _sign(row) * row['delta'] > 0 else 'behind'} {run.comparison['baseline']}, "
+                f"{delta_text(row['delta'], metric)} (95 % interval {interval_text(row, metric)})."
+            )
     return said
 
 

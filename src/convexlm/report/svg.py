@@ -59,11 +59,14 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers from low to high (1, 2 or 5 times a power of ten apart)."""
     if not low < high:
         return [low]
-    rough = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [(first + index) * step for index in range(int((high - first * step) / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10((high - low) / max(1, count)))
+    choices = [_multiples(power * factor, low, high) for factor in (10, 5, 2, 1)]
+    return min(choices, key=lambda marks: abs(len(marks) - count))
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
 
 
 def tick_text(value: float, step: float) -> str:

@@ -7,7 +7,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from convexlm.report import register_format
-from convexlm.report.data import METRICS_FILE
 from convexlm.report.findings import headline, main_table, table_metrics
 from convexlm.report.settings import read_settings
 from convexlm.report.text import (
@@ -103,7 +102,7 @@ def render_json(run: RunData) -> str:
         **{key: run.comparison[key] for key in kept},
         "paired": run.comparison["paired"],
         "scores": run.scores,
-        METRICS_FILE.removesuffix(".jsonl"): run.metrics,
+        "training": run.metrics,
         "signatures": [
             {"metric": name, "pairs": where, "signature": text} for name, where, text in settings.signatures
         ],
@@ -159,6 +158,8 @@ def _direction_rows(run: RunData) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in run.comparison["paired"]:
         metric = row["metric"]
+        if metric != run.comparison["metrics"][0]:
+            continue
         line = [row["test_set"], row["pair"], row["search"], row["system"], row["seed"], metric_title(metric)]
         line += [score_text(row.get("score"), metric), _delta(row, metric), interval_text(row, metric)]
         rows.append([str(value) for value in [*line, _p(row.get("p_two_sided", row.get("p_value")))]])

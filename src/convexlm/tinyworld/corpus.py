@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from convexlm.tinyworld.grammar import clauses, probability, split_direction
 from convexlm.tinyworld.meaning import make_random, sample_meanings
-from convexlm.tinyworld.style import Clause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
 
     from convexlm.tinyworld.meaning import Meaning
+    from convexlm.tinyworld.style import Clause
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ def clauses(meaning: Meaning, style: Style) -> list[Clause]:
     verb = style.with_particle(f" {lexicon.PARTICLES['en']}", verb)
     thing = noun_phrase(meaning.object, adjective if on_object else None, meaning.definite, style)
     adverb = style.slot(lexicon.ADVERBS[meaning.adverb].en)
+    slots: tuple[Slot, ...]
     if style.adverb_first:
         slots = (tuple((word.capitalize(), p) for word, p in adverb), subject, verb, thing, ((".", 1.0),))
     else:

@@ -19,7 +19,8 @@ def judge(sources: Sequence[str], hypotheses: Sequence[str], direction: str) -> 
         `valid_share`: share that are a translation at all;
         `mean_probability`: mean true probability of the hypotheses (its ceiling is `mean_mode_probability`, which only
         the most probable translations reach);
-        `num_sentences`, and `sentences`: for each `source`, `hypothesis`, `probability`, `is_mode`, `is_valid`, `mode`.
+        `num_sentences`; and `sentences`, for each of them `source`, `hypothesis`, `probability`, `is_mode`, `is_valid`
+        and `mode`.
 
     Raises:
         ValueError: lists of different length or empty, or a source that is no sentence of the tiny world.
@@ -62,8 +63,8 @@ def distribution_measures(
 
     Args:
         truth: for each source, true probabilities of all its translations.
-        model_log_probs: for each source, the model's log-probability (nats, summed over tokens and end mark) of each of
-            the same translations.
+        model_log_probs: for each source, the model's log-probability (nats, summed over tokens and end mark) of each
+            of the same translations.
 
     Returns:
         Means over sources, in nats: `valid_mass` (the model's probability of all valid translations together),

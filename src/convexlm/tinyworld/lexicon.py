@@ -1,6 +1,7 @@
 """The words of the tiny world: every concept with its synonyms in English, German and Chinese.
 
-The first synonym is the usual one; how much likelier it is than the others is the construction's choice (`style.py`). Within one language a word belongs to one concept of a slot only, so a sentence says what it means.
+The first synonym is the usual one; how much likelier it is than the others is the construction's choice (`style.py`).
+Within one language a word belongs to one concept of a slot only, so a sentence says what it means.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def prompt_pieces(template: str = "alpaca") -> list[str]:
     return pieces + [fill_instruction(TRANSLATION_INSTRUCTION, direction) for direction in DIRECTIONS]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, template: str = "alpaca") -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, template: str = "alpaca") -> PreTrainedTokenizerFast:
     """Train the tokenizer: the same texts give the same tokenizer.
 
     All 256 bytes are in the vocabulary, so any text survives the round trip. The fixed pieces of `template` are tokens
@@ -38,6 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, template: str 
     Args:
         texts: sentences of both languages.
         vocab_size: tokens in all, specials and prompt pieces included; fewer if the texts hold no more to merge.
+            One direction needs some 1300 for a word to be a token.
         template: the prompt template whose fixed text becomes tokens.
 
     Raises:

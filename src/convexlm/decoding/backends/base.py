@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from convexlm.errors import UserError
@@ -27,11 +27,21 @@ class Hypothesis:
         log_prob: the sum of the model's own log-probabilities (natural logarithm) of `token_ids` given the prompt,
             before any n-gram or length rule; None where a backend cannot tell.
         finished: it ended in an EOS token, rather than being cut at `max_new_tokens`.
+        nbest: the best hypotheses of the search, this one first, where `num_return_sequences` asks for more than one.
     """
 
     token_ids: list[int]
     log_prob: float | None
     finished: bool
+    nbest: tuple[Hypothesis, ...] = ()
+
+
+def with_nbest(hypotheses: Sequence[Hypothesis], search: Search) -> Hypothesis:
+    """The first of hypotheses that are sorted by score, with as many in `nbest` as the search returns."""
+    best = hypotheses[0]
+    if search.num_return_sequences == 1:
+        return best
+    return replace(best, nbest=tuple(hypotheses[: search.num_return_sequences]))
 
 
 class Backend(ABC):
@@ -42,6 +52,10 @@ class Backend(ABC):
     """
 
     name: ClassVar[str] = ""
+    compute_types: ClassVar[tuple[str, ...]] = ()
+    """What `--compute_type` may say, in place of a dtype; nothing for most."""
+    compute_types: ClassVar[tuple[str, ...]] = ()
+    """What `--compute_type` may say, in place of a dtype; nothing for most."""
     tokenizer: Any = None
     max_length: int | None = None
     """The most tokens of prompt and answer together that the model has positions for; None: no limit known."""
@@ -67,9 +81,17 @@ class Backend(ABC):
             UserError: the checkpoint cannot be loaded.
         """
 
+    def begin(self, prompts: Sequence[list[int]]) -> None:  # noqa: B027 - most backends need not know
+        """Hear all prompts of a job before its first batch.
+
+        Those that are done already are among them, so that what is made of them is the same in every run of the job.
+        """
+
     @abstractmethod
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """The best hypothesis of each prompt, in their order; the same whatever else is in the batch.
+
+        With `num_return_sequences` above 1 each has the n best in `nbest`: see `with_nbest`.
 
         Out of memory is left to the caller: any exception that accelerate's `should_reduce_batch_size` knows makes it
         try again with half of the batch.

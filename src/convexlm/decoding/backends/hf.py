@@ -1,10 +1,10 @@
-"""The `hf` backend: transformers' own `generate`, batched with left padding."""
+"""The `hf` backend: transformers' models, with our own search loops, or with `generate` where those cannot be had."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend
+from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,10 @@ LOGITS_AT_ONCE = 1 << 28
 
 @register_backend("hf")
 class HuggingFaceBackend(Backend):
-    """Greedy and beam search by transformers.
+    """Greedy and beam search with transformers' models.
+
+    The loops are `convexlm.decoding.generation`'s for every model that they can run, and transformers' `generate` for
+    the others; both find the same hypotheses.
 
     Of the checkpoint's own generation config only the EOS ids are kept (together with the tokenizer's): its sampling
     settings must not leak into a search that says nothing of them.
@@ -29,27 +32,63 @@ class HuggingFaceBackend(Backend):
     model: Any = None
     eos_ids: list[int]
     pad_id: int
+    why_generate: str = ""
+    """Why transformers' `generate` is used; empty where our loops are."""
+    prefix: Any = None
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
         """Load model and tokenizer; an adapter folder is put on its base model through PEFT."""
         import torch
         from transformers import GenerationConfig
 
+        from convexlm.decoding.generation import why_not
         from convexlm.decoding.loading import load_model, load_tokenizer
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         self.model = load_model(checkpoint, device, getattr(torch, dtype), trust_remote_code=trust_remote_code)
-        own = self.model.generation_config.eos_token_id
-        self.eos_ids = _as_ids(self.tokenizer.eos_token_id, own)
+        self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, self.model)
         pad = _as_ids(self.tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
         # Padding is masked everywhere, so any id will do where the tokenizer has none of its own.
         self.pad_id = (pad or self.eos_ids or [0])[0]
         # `generate` fills what a config leaves unset from the model's, so the model's must say nothing.
         self.model.generation_config = GenerationConfig()
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.why_generate = why_not(self.model)
+
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        """Compute the keys and values of the prompts' shared head."""
+        import torch
+
+        from convexlm.decoding.generation import Prefix
+
+        if not self.why_generate:
+            with torch.inference_mode():
+                self.prefix = Prefix(self.model, prompts)
 
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
-        """The best hypothesis of each prompt, with the model's log-probability from a separate scoring pass."""
+        """The best hypothesis of each prompt, with the model's own log-probabilities."""
+        import torch
+
+        from convexlm.decoding.generation import beam_search, greedy_search
+
+        with torch.inference_mode():
+            if self.why_generate:
+                return self._by_transformers(prompts, search)
+            common = (self.eos_ids, self.pad_id, self.prefix)
+            if search.num_beams == 1:
+                return greedy_search(self.model, prompts, search, *common)
+            return [with_nbest(best, search) for best in beam_search(self.model, prompts, search, *common)]
+
+    def close(self) -> None:
+        """Free the model's memory, on the device too."""
+        from accelerate.utils import release_memory
+
+        super().close()
+        self.prefix = None
+        self.model = release_memory(self.model)[0]
+
+    def _by_transformers(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
+        """By `generate`, and log-probabilities from a separate scoring pass."""
         import torch
         from transformers import LogitsProcessorList
 
@@ -64,28 +103,22 @@ class HuggingFaceBackend(Backend):
             # Ours does not take padding for text, as transformers' does, so a batch's other prompts change nothing.
             config.no_repeat_ngram_size = None
             processors.append(NoRepeatNgrams(search.no_repeat_ngram_size, mask, search.num_beams))
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=config,
-                logits_processor=processors,
-            )
-            answers = [self._trim(row) for row in output[:, width:].tolist()]
-            del output
-            log_probs = self._score(prompts, answers)
+        output = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=config,
+            logits_processor=processors,
+        )
+        answers = [self._trim(row) for row in output[:, width:].tolist()]
+        del output
+        count = search.num_return_sequences
+        log_probs = self._score([prompt for prompt in prompts for _ in range(count)], answers)
         eos = set(self.eos_ids)
-        return [
+        hypotheses = [
             Hypothesis(answer, log_prob, bool(answer) and answer[-1] in eos)
             for answer, log_prob in zip(answers, log_probs, strict=True)
         ]
-
-    def close(self) -> None:
-        """Free the model's memory, on the device too."""
-        from accelerate.utils import release_memory
-
-        super().close()
-        self.model = release_memory(self.model)[0]
+        return [with_nbest(hypotheses[start : start + count], search) for start in range(0, len(hypotheses), count)]
 
     def _trim(self, row: list[int]) -> list[int]:
         """Cut what `generate` filled in after the first EOS."""
@@ -139,6 +172,21 @@ def _sum_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> float:
     """Sum of log-softmax at the tokens: logits (T, V) float32, tokens (T,); added up in float64."""
     chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
     return float(chosen.double().sum())
+
+
+def eos_ids_of(tokenizer: Any, checkpoint: Path, model: Any = None) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those of the checkpoint's generation config.
+
+    Args:
+        tokenizer: the checkpoint's.
+        checkpoint: the folder; its files are read if there is no `model`.
+        model: the loaded model, whose generation config transformers has read already.
+    """
+    if model is None:
+        from convexlm.decoding.loading import load_generation_config
+
+        return _as_ids(tokenizer.eos_token_id, load_generation_config(checkpoint).eos_token_id)
+    return _as_ids(tokenizer.eos_token_id, model.generation_config.eos_token_id)
 
 
 def _as_ids(*values: int | list[int] | None) -> list[int]:

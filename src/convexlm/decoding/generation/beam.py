@@ -1,0 +1,129 @@
+"""Beam search as transformers does it for one prompt alone, over a batch from which finished prompts leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from convexlm.decoding.backends.base import Hypothesis
+from convexlm.decoding.generation.greedy import DROPPED_AT_ONCE
+from convexlm.decoding.generation.rows import Prefix, Rows
+from convexlm.decoding.generation.rules import Rules
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from convexlm.decoding.search import Search
+
+FAR = -1.0e9
+"""A score below all others, with which transformers marks what cannot win; its size matters where scores meet it."""
+
+
+class _Finished:
+    """The best finished hypotheses of one prompt, at most `num_beams`, best first."""
+
+    def __init__(self, num_beams: int) -> None:
+        self.num_beams = num_beams
+        self.entries: list[tuple[float, list[int], float]] = []
+
+    def add(self, score: float, tokens: list[int], log_prob: float) -> None:
+        self.entries.append((score, tokens, log_prob))
+        self.entries.sort(key=lambda entry: -entry[0])  # stable: of equals the earlier stays first
+        del self.entries[self.num_beams :]
+
+    @property
+    def full(self) -> bool:
+        return len(self.entries) == self.num_beams
+
+    @property
+    def worst(self) -> float:
+        """The score to beat: none while there is room."""
+        return self.entries[-1][0] if self.full else FAR
+
+
+def beam_search(
+    model: Any, prompts: Sequence[list[int]], search: Search, eos_ids: Sequence[int], pad_id: int, prefix: Prefix
+) -> list[list[Hypothesis]]:
+    """The `num_beams` best hypotheses of each prompt, best first.
+
+    Candidates, scores in float32, length penalty, `early_stopping` and the order of ties of the best are those of
+    transformers' beam search. Log-probabilities are the model's own: the rules only take tokens out.
+    """
+    rows = Rows(model, prompts, pad_id, prefix)
+    device, beams = rows.logits.device, search.num_beams
+    rules = Rules(search, prompts, eos_ids, device)
+    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    width = max(2, 1 + len(eos_ids)) * beams  # so many candidates that `beams` of them do not end
+    finished = [_Finished(beams) for _ in prompts]
+    owners = list(range(len(prompts)))
+    done = [False] * len(prompts)  # by prompt
+    # Before the first token the beams of a prompt are one; the others are put out of reach.
+    scores = torch.full((len(prompts), beams), FAR, device=device)
+    scores[:, 0] = 0.0
+    sums = torch.zeros((len(prompts), beams), dtype=torch.float64, device=device)
+    answers = torch.empty((len(prompts), beams, 0), dtype=torch.long, device=device)
+    _repeat(rows, rules, beams, device)
+    for length in range(1, search.max_new_tokens + 1):
+        log_probs = rules.apply(rows.logits.log_softmax(dim=1)).view(len(owners), beams, -1)
+        vocabulary = log_probs.shape[2]
+        best, places = (log_probs + scores[:, :, None]).flatten(1).topk(width)
+        parents, tokens = places // vocabulary, places % vocabulary
+        steps = log_probs.flatten(1).gather(1, places).double()
+        candidate_sums = sums.gather(1, parents) + steps
+        ends = torch.isin(tokens, eos) if length < search.max_new_tokens else torch.ones_like(tokens, dtype=torch.bool)
+
+        if bool(ends[:, :beams].any()):
+            divided = (best / length**search.length_penalty).tolist()
+            for row, column in ends[:, :beams].nonzero().tolist():
+                if done[owners[row]]:
+                    continue
+                answer = [*answers[row, parents[row, column]].tolist(), int(tokens[row, column])]
+                finished[owners[row]].add(divided[row][column], answer, float(candidate_sums[row, column]))
+        if length == search.max_new_tokens:
+            break
+
+        scores, kept = (best + ends * FAR).topk(beams)
+        parents, tokens = parents.gather(1, kept), tokens.gather(1, kept)
+        sums = candidate_sums.gather(1, kept)
+        answers = torch.cat((answers.gather(1, parents[:, :, None].expand(-1, -1, length - 1)), tokens[:, :, None]), 2)
+
+        for row, over in enumerate(_over(scores, [finished[owner] for owner in owners], search, length)):
+            done[owners[row]] = done[owners[row]] or over
+        left = [row for row, owner in enumerate(owners) if not done[owner]]
+        if not left:
+            break
+        source = parents + torch.arange(len(owners), device=device)[:, None] * beams
+        if (len(owners) - len(left)) * DROPPED_AT_ONCE >= len(owners):
+            index = torch.tensor(left, device=device)
+            scores, sums, answers, tokens, source = (part[index] for part in (scores, sums, answers, tokens, source))
+            owners = [owners[row] for row in left]
+            rows.take(source.flatten())
+        else:
+            rows.reorder(source.flatten())
+        rules.take(source.flatten())
+        rules.append(tokens.flatten())
+        rows.step(tokens.flatten())
+    ending = set(eos_ids)
+    return [
+        [Hypothesis(tokens, log_prob, tokens[-1] in ending) for _, tokens, log_prob in own.entries] for own in finished
+    ]
+
+
+def _repeat(rows: Rows, rules: Rules, beams: int, device: torch.device) -> None:
+    index = torch.arange(len(rows.logits), device=device).repeat_interleave(beams)
+    rows.take(index)
+    rules.take(index)
+
+
+def _over(scores: torch.Tensor, finished: list[_Finished], search: Search, length: int) -> list[bool]:
+    """Which prompts are done, given the running scores (prompts, beams) after `length` tokens."""
+    if search.early_stopping is True:
+        over = torch.tensor([own.full for own in finished], device=scores.device)
+    else:
+        over = torch.zeros(len(finished), dtype=torch.bool, device=scores.device)
+    if search.early_stopping == "never" and search.length_penalty > 0:
+        length = search.max_new_tokens
+    best = scores[:, 0] / length**search.length_penalty
+    worst = torch.tensor([own.worst for own in finished], dtype=scores.dtype, device=scores.device)
+    return (over | ~(best > worst)).tolist()

@@ -1,0 +1,402 @@
+"""The fused head: hidden states, LM head and labels to loss and gradients, without the logits of the batch.
+
+The loss is separable over sequences. So the target tokens are walked in chunks of whole sequences; once a chunk's
+logits are there, so are its log-probabilities, its sequences' means and every token's coefficient dL/d log p, and the
+exact gradient is formed while the logits are at hand: three matrix products (logits, hidden gradient, weight gradient;
+two if the head is frozen), where a head that recomputes the logits in the backward pass needs four. The backward pass
+only hands out what the forward pass has formed.
+
+The coefficients are the gradient of the objective's own `__call__`, so any registered objective works and no formula
+is repeated here. A sequence longer than a chunk has its logits computed twice (four products), with the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexlm.head_chunks import Group, default_chunk_tokens, pieces_of, plan_groups, run_lengths
+from convexlm.head_tiles import (
+    TokenNumbers,
+    Transform,
+    WeightGradient,
+    add_bias_gradient,
+    hidden_gradient,
+    products_dtype,
+    project,
+    score_rows,
+    workspace,
+)
+from convexlm.objectives import IGNORE_INDEX, Mle, Objective, ObjectiveOutput
+
+__all__ = ["FusedOutput", "fused_objective", "workspace"]
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, eq=False)
+class FusedOutput(ObjectiveOutput):
+    """An `ObjectiveOutput`, whose statistics have three more sums, and how it was computed.
+
+    `statistics()` also holds `correct` (targets that are the most probable token; the first of equals), `entropy_sum`
+    (of the next-token distributions, nats) and `scored` (the targets that these two are over); without
+    `need_accuracy`, or `need_entropy`, that sum is absent. Token-level `weights` have the shape of `labels`.
+
+    Attributes:
+        log_probs: (N,) float32 (float64 for float64 input), detached; 0 where the label is -100.
+        path: "one-pass", or "recompute" if the logits of any sequence were computed twice.
+        reason: why that path.
+        recomputed_tokens: targets whose logits were computed twice.
+        chunk_tokens: most targets whose logits existed at a time.
+    """
+
+    log_probs: Tensor
+    path: str
+    reason: str
+    recomputed_tokens: int
+    chunk_tokens: int
+
+
+@torch.compiler.disable
+def fused_objective(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    objective: Objective,
+    normalizer: float | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    vocab_chunk: int | None = None,
+    need_entropy: bool = False,
+    need_accuracy: bool = True,
+    recompute: bool = False,
+) -> FusedOutput:
+    """Loss and statistics of target tokens under `objective`, with gradients to `hidden`, the weight and the bias.
+
+    Logits are `softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap)`. Matrix products run in the dtype of
+    `hidden` (autocast's inside autocast; float32 on a CPU whose half precision is slow), all else in float32 or
+    better. Under `torch.no_grad()`, or if nothing needs a gradient, none is formed.
+
+    Args:
+        hidden: (N, H) floating, the states that predict the labels: target positions only, sequence by sequence.
+        lm_head_weight: (V, H) floating.
+        labels: (N,) integers in [0, V); positions with -100 take no part.
+        sequence_ids: (N,) integers: which sequence a token belongs to.
+        objective: from `get_objective`.
+        normalizer: the denominator of the global batch, as `Objective.__call__` takes it; this batch's own if None.
+        bias: (V,) floating.
+        sample_weights: (N,) as `Objective.__call__` takes them: constant within a sequence.
+        logit_scale: factor on the projection.
+        logit_softcap: cap on the logits' magnitude.
+        chunk_tokens: targets whose logits may exist at a time; by default from the vocabulary and the memory.
+        vocab_chunk: rows of the weight gradient formed at a time.
+        need_entropy: also sum the entropies of the predictions.
+        need_accuracy: also count the predictions that are right.
+        recompute: take the recomputing path throughout.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers do not fit together.
+    """
+    _check(hidden, lm_head_weight, labels, sequence_ids, bias, sample_weights, chunk_tokens, vocab_chunk)
+    if not (isinstance(logit_scale, (int, float)) and 0 < abs(logit_scale) < float("inf")):
+        raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale!r}")
+    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
+        raise ValueError(f"logit_softcap must be a finite number above 0, not {logit_softcap!r}")
+    mask = labels != IGNORE_INDEX
+    places = None if bool(mask.all()) else mask.nonzero().squeeze(-1)
+    take = (lambda x: x) if places is None else (lambda x: None if x is None else x[places])
+    pass_ = _Pass(
+        take(labels).long(),
+        take(sequence_ids),
+        objective,
+        normalizer,
+        take(sample_weights) if sample_weights is not None else None,
+        (float(logit_scale), None if logit_softcap is None else float(logit_softcap)),
+        chunk_tokens,
+        vocab_chunk,
+        (need_entropy, need_accuracy),
+        recompute,
+    )
+    kept, vocabulary = pass_.labels, lm_head_weight.shape[0]
+    if len(kept) and not (0 <= int(kept.min()) and int(kept.max()) < vocabulary):
+        raise ValueError(f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}")
+    loss = _fused(take(hidden), lm_head_weight, bias, pass_)
+    return pass_.output(loss, mask, places)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    sample_weights: Tensor | None,
+    chunk_tokens: int | None,
+    vocab_chunk: int | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden must be (N, H) and weight (V, H), not {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"hidden and weight must be floating, not {hidden.dtype} and {weight.dtype}")
+    for name, x in (("labels", labels), ("sequence_ids", ids), ("sample_weights", sample_weights)):
+        if x is None:
+            continue
+        if x.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} must be ({hidden.shape[0]},), not {tuple(x.shape)}")
+        if name != "sample_weights" and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            raise ValueError(f"{name} must be integers, not {x.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+    devices = {x.device for x in (hidden, weight, labels, ids, bias, sample_weights) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, not on {sorted(map(str, devices))}")
+    for name, number in (("chunk_tokens", chunk_tokens), ("vocab_chunk", vocab_chunk)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
+
+
+def _fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, pass_: _Pass) -> Tensor:
+    tensors = (hidden, weight, bias)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+    if any(needs):
+        return _FusedFunction.apply(hidden, weight, bias, pass_, needs)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return pass_.run(hidden, weight, bias, (False, False, False))[0]
+
+
+class _FusedFunction(torch.autograd.Function):
+    """The pass as one differentiable step: gradients are formed in the forward pass and handed out in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, pass_: _Pass, needs: Any) -> Tensor:
+        loss, gradients = pass_.run(hidden, weight, bias, needs)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*gradients)  # freed with the graph, so that a parameter can take them over uncopied
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        gradients = ctx.saved_tensors
+        # Looking at the number is free on a CPU, where a copy of the weight gradient is not; elsewhere it would stall.
+        if not (grad.device.type == "cpu" and grad.item() == 1.0):
+            gradients = tuple(None if x is None else x * grad.to(x.dtype) for x in gradients)
+        cast = (None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return (*cast, None, None)
+
+
+def _kept_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of x waits for the backward pass.
+
+    Where x is float16 the loss will be scaled up for the sake of its range, and only the backward pass knows by what.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+class _Pass:
+    """One batch on its way through the head: what it is, how it is walked, what was kept."""
+
+    def __init__(
+        self,
+        labels: Tensor,
+        sequence_ids: Tensor,
+        objective: Objective,
+        normalizer: float | Tensor | None,
+        sample_weights: Tensor | None,
+        scale_and_cap: tuple[float, float | None],
+        chunk_tokens: int | None,
+        vocab_chunk: int | None,
+        need: tuple[bool, bool],
+        recompute: bool,
+    ) -> None:
+        self.labels, self.sequence_ids, self.sample_weights = labels, sequence_ids, sample_weights
+        self.objective, self.normalizer = objective, normalizer
+        self.scale, self.cap = scale_and_cap
+        self.chunk_tokens, self.vocab_chunk, self.recompute = chunk_tokens, vocab_chunk, recompute
+        self.need_entropy, self.need_accuracy = need
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def plan(self, vocabulary: int, products: torch.dtype) -> list[Group]:
+        """The batch as groups of whole sequences; sets `path`, `reason` and `chunk_tokens`."""
+        tokens = len(self.labels)
+        device = self.labels.device
+        limit = self.chunk_tokens or default_chunk_tokens(vocabulary, products.itemsize, device)
+        self.chunk_tokens = limit
+        own_call = type(self.objective).__call__ is not Objective.__call__
+        lengths, in_runs = run_lengths(self.sequence_ids)
+        if self.recompute or own_call or not in_runs:
+            reason = (
+                "it was asked for"
+                if self.recompute
+                else "the objective defines its own `__call__`, so sequences may depend on each other"
+                if own_call
+                else "the tokens of a sequence are not side by side"
+            )
+            return self._planned(reason, [Group(pieces_of(0, tokens, limit))] if tokens else [])
+        if self._tokens_stand_alone():
+            groups = [Group((piece,)) for piece in pieces_of(0, tokens, limit)] if tokens else []
+            return self._planned("a token's coefficient needs no other token", groups)
+        longest = max(lengths, default=0)
+        fits = f"every sequence fits a chunk of {limit} tokens"
+        cut = f"a sequence has {longest} target tokens and a chunk takes {limit}"
+        return self._planned(cut if longest > limit else fits, plan_groups(lengths, limit))
+
+    def _planned(self, reason: str, groups: list[Group]) -> list[Group]:
+        self.recomputed = sum(g.stop - g.start for g in groups if self.twice(g))
+        self.path, self.reason = "recompute" if self.recomputed else "one-pass", reason
+        # Told once per kind of reason: the numbers in it change with every batch.
+        kind = self.path + "".join(c for c in reason if not c.isdigit())
+        if kind not in _said:
+            _said.add(kind)
+            logger.info("fused head: %s path, because %s", self.path, reason)
+        return groups
+
+    def twice(self, group: Group) -> bool:
+        """Whether the logits of a group are computed twice: not all at hand when its coefficients are known."""
+        return len(group.pieces) > 1 or self.recompute
+
+    def _tokens_stand_alone(self) -> bool:
+        """Whether dL/d log p of a token does not depend on other tokens, so that sequences may be cut anywhere."""
+        objective = self.objective
+        return objective.length_weighting == "token" and (objective.level == "token" or type(objective) is Mle)
+
+    def run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """The loss and the gradients of hidden, weight and bias; what is not needed is None."""
+        device_type = hidden.device.type
+        wanted = hidden.dtype
+        if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+            wanted = torch.get_autocast_dtype(device_type)
+        products = products_dtype(device_type, wanted, torch.get_num_threads())
+        with torch.autocast(device_type, enabled=False):
+            return self._run(hidden.detach(), weight.detach(), bias, needs, products)
+
+    def _run(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool, bool],
+        products: torch.dtype,
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        tokens, device = len(self.labels), hidden.device
+        vocabulary = weight.shape[0]
+        high = torch.promote_types(products, torch.float32)
+        groups = self.plan(vocabulary, products)
+        if self.normalizer is None:
+            self.normalizer = self._score(torch.zeros(tokens, dtype=high, device=device), slice(None)).normalizer
+        self.numbers = TokenNumbers(
+            torch.zeros(tokens, dtype=high, device=device),
+            torch.zeros(tokens, dtype=high, device=device) if self.need_entropy else None,
+            torch.zeros(tokens, dtype=torch.bool, device=device) if self.need_accuracy else None,
+        )
+        self.transform = Transform(None if bias is None else bias.detach().to(high), self.scale, self.cap)
+        weight_in = weight
+        if weight.dtype != products:
+            weight_in = workspace.take("weight", tuple(weight.shape), products, device).copy_(weight)
+        largest = max((stop - start for g in groups for start, stop in g.pieces), default=0)
+        buffer = workspace.take("chunk", (largest, vocabulary), products, device)
+        chunks = sum(len(g.pieces) for g in groups)
+        d_hidden = torch.empty_like(hidden, dtype=_kept_dtype(hidden)) if needs[0] else None
+        unit = None
+        if products == torch.float16:
+            own = torch.as_tensor(self.normalizer, device=device).to(high).reshape(())
+            unit = torch.where(own > 0, 1 / own, 1.0)
+        d_weight = None
+        if needs[1]:
+            d_weight = WeightGradient(weight, _kept_dtype(weight), products, chunks, self.vocab_chunk, unit)
+        d_bias = torch.zeros(vocabulary, dtype=high, device=device) if needs[2] else None
+
+        for group in groups:
+            twice = self.twice(group)
+            for start, stop in group.pieces:
+                chunk = buffer[: stop - start]
+                project(hidden[start:stop].to(products), weight_in, chunk)
+                self._score_piece(chunk, start, stop, gradient=any(needs) and not twice)
+            if not any(needs):
+                continue
+            factors = self._coefficients(slice(group.start, group.stop))
+            for start, stop in group.pieces:
+                chunk, inputs = buffer[: stop - start], hidden[start:stop]
+                if twice:
+                    project(inputs.to(products), weight_in, chunk)
+                    self._score_piece(chunk, start, stop, gradient=True)
+                factor = factors[start - group.start : stop - group.start]
+                if d_hidden is not None:
+                    hidden_gradient(chunk, weight_in, factor, d_hidden[start:stop])
+                if d_weight is not None:
+                    d_weight.add(chunk, inputs, factor)
+                if d_bias is not None:
+                    add_bias_gradient(chunk, factor, d_bias)
+
+        self.scored = self._score(self.numbers.log_probs, slice(None))
+        gradients = (
+            d_hidden,
+            None if d_weight is None else d_weight.finish(),
+            None if d_bias is None or bias is None else d_bias.to(_kept_dtype(bias)),
+        )
+        return self.scored.loss.detach(), gradients
+
+    def _score_piece(self, chunk: Tensor, start: int, stop: int, *, gradient: bool) -> None:
+        score_rows(chunk, self.labels[start:stop], self.transform, self.numbers, start, gradient=gradient)
+
+    # -- the objective ------------------------------------------------------------------------------------------------
+
+    def _score(self, log_probs: Tensor, part: slice) -> ObjectiveOutput:
+        weights = self.sample_weights
+        return self.objective(
+            log_probs,
+            torch.ones(log_probs.shape, dtype=torch.bool, device=log_probs.device),
+            sequence_ids=self.sequence_ids[part],
+            normalizer=self.normalizer,
+            sample_weights=None if weights is None else weights[part],
+        )
+
+    def _coefficients(self, part: slice) -> Tensor:
+        """-dL/d log p of these tokens (the factor on d(-log p)), times the logits' scale."""
+        with torch.enable_grad():
+            log_probs = self.numbers.log_probs[part].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self._score(log_probs, part).loss, log_probs)
+        return slope * -self.scale
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def output(self, loss: Tensor, mask: Tensor, places: Tensor | None) -> FusedOutput:
+        """All that was found out, in the places of the labels as they were given."""
+
+        def spread(x: Tensor) -> Tensor:
+            return x if places is None else x.new_zeros(mask.shape).index_copy_(0, places, x)
+
+        parts = {f.name: getattr(self.scored, f.name) for f in fields(ObjectiveOutput)}
+        parts["loss"] = loss
+        if self.objective.level == "token":
+            parts["weights"] = spread(self.scored.weights)
+        statistics = self.scored.statistics()
+        like = statistics["num_tokens"]
+        statistics["scored"] = like.new_tensor(len(self.labels))
+        if self.numbers.correct is not None:
+            statistics["correct"] = self.numbers.correct.sum().to(like)
+        if self.numbers.entropy is not None:
+            statistics["entropy_sum"] = self.numbers.entropy.sum(dtype=like.dtype)
+        parts["_statistics"] = statistics
+        return FusedOutput(
+            **parts,
+            log_probs=spread(self.numbers.log_probs),
+            path=self.path,
+            reason=self.reason,
+            recomputed_tokens=self.recomputed,
+            chunk_tokens=self.chunk_tokens or 0,
+        )

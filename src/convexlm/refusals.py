@@ -1,0 +1,94 @@
+"""Options that `ConvexTrainer` refuses at its start: their result would not be what the objective promises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from convexlm.collator import ConvexCollator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from convexlm.config import ConvexConfig
+    from convexlm.objectives import Objective
+
+WHOLE_SEQUENCES = "use `packing_strategy='bfd'`, which packs whole sequences, or `padding_free=True`"
+
+
+def refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, given: Mapping[str, Any]) -> None:
+    """Refuse combinations of options that can be told before model and data are loaded.
+
+    Args:
+        args: the training options.
+        objective: what they say to minimise.
+        given: the trainer's other arguments (`data_collator`, `compute_loss_func`, `processing_class`, ...).
+
+    Raises:
+        ValueError: there is one; the message is one line with the reason and what to do instead.
+    """
+    for reason in (*_other_losses(args, given), *_layouts(args, objective, given), *_data(args, given)):
+        raise ValueError(reason)
+
+
+def _other_losses(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    if given.get("compute_loss_func") is not None:
+        reasons.append("`compute_loss_func` would replace the objective; register an objective of your own instead")
+    if args.loss_type != "nll":
+        reasons.append(f"`loss_type={args.loss_type!r}` is TRL's; here `objective` chooses the loss (it has `dft`)")
+    if args.label_smoothing_factor:
+        reasons.append("`label_smoothing_factor` is not supported: it needs the full logits; consider `mle_mix`")
+    if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
+        reasons.append("Liger's fused linear cross-entropy computes a loss of its own and would ignore the objective")
+    if not args.average_tokens_across_devices:
+        reasons.append(
+            "`average_tokens_across_devices=False` is not supported: objectives are normalised over the global batch"
+        )
+    return reasons
+
+
+def _layouts(args: ConvexConfig, objective: Objective, given: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    packs = args.packing or args.eval_packing
+    if packs and args.packing_strategy != "bfd":
+        cut = f"`packing_strategy={args.packing_strategy!r}` cuts sequences"
+        if objective.length_weighting == "sequence":
+            reasons.append(f"{cut}, and `length_weighting='sequence'` has to count them whole; {WHOLE_SEQUENCES}")
+        elif objective.level == "sequence" and objective.name != "mle":
+            reasons.append(
+                f"{cut}, and `{objective.name}` at sequence level needs each one's mean log-probability; "
+                f"{WHOLE_SEQUENCES}, or `level='token'`"
+            )
+    if args.eval_packing and not args.packing and not args.padding_free:
+        reasons.append(
+            "`eval_packing` without `packing` needs `padding_free=True`: batches that are padded do not say where a "
+            "packed sequence ends"
+        )
+    if args.padding_side == "left":
+        if args.packing or args.padding_free:
+            reasons.append("`padding_side='left'` has no meaning without padding (`packing` or `padding_free`)")
+        elif given.get("data_collator") is not None:
+            reasons.append("`padding_side='left'` is for the trainer's collator; let your `data_collator` pad left")
+    return reasons
+
+
+def _data(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    collator = given.get("data_collator")
+    if collator is not None and not isinstance(collator, ConvexCollator):
+        for name in ("train_dataset", "eval_dataset"):
+            columns = getattr(given.get(name), "column_names", None) or ()
+            if "weight" in columns:
+                reasons.append(
+                    f"`{name}` has a column `weight`, which only a `convexlm.collator.ConvexCollator` hands on; "
+                    "leave `data_collator` out or remove the column"
+                )
+    processor = given.get("processing_class")
+    if args.assistant_only_loss and processor is not None and args.chat_template_path is None:
+        template = getattr(processor, "chat_template", None)
+        if not template:
+            reasons.append(
+                "`assistant_only_loss` needs a chat template with `{% generation %}` marks, and the tokenizer has no "
+                "chat template; give `chat_template_path`, or train on prompt and completion"
+            )
+    return reasons

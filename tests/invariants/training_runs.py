@@ -1,0 +1,117 @@
+"""Training runs that the invariance tests compare: each is made once a session, when a test first asks for it.
+
+A run is a data set, an objective and a form: how the same global batches are split and laid out.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from training_helpers import TRAIN, Run, environment, train, words, write_model_files, write_records
+
+# With record weights, but for the two whose numbers are to be TRL's.
+OBJECTIVES = {
+    "mle": {"objective": "mle"},
+    "convex": {"objective": "convex", "k": 0.5},
+    "convex_by_sequence": {"objective": "convex", "k": 0.5, "length_weighting": "sequence", "mle_mix": 0.1},
+    "power": {"objective": "power", "k": 0.5},
+    "dft": {"objective": "dft"},
+}
+LORA = {
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj"],
+}
+ARMS = {**OBJECTIVES, "lora": {"objective": "convex", "k": 0.5, **LORA}}
+
+
+def split(batch, accumulation=1, **others):
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, **others}
+
+
+# name -> options; the first of each group is what the others are held against.
+BATCHES_OF_8 = {
+    "8": split(8),
+    "4x2": split(4, 2),
+    "1x8": split(1, 8),
+    "left": split(4, 2, padding_side="left"),
+    "multiple_of_16": split(8, pad_to_multiple_of=16),
+    "padding_free": split(8, padding_free=True),
+    "padding_free_2x4": split(2, 4, padding_free=True),
+    "checkpointing": split(4, 2, gradient_checkpointing=True),
+}
+WHOLE_DATA = {  # packing regroups the records, so here a step sees all of them
+    "24": split(24),
+    "bfd": split(24, packing=True, packing_strategy="bfd"),
+    "bfd_1x32": split(1, 32, packing=True, packing_strategy="bfd"),
+    "bfd_checkpointing": split(2, 16, packing=True, packing_strategy="bfd", gradient_checkpointing=True),
+}
+ON_TWO = {"2x2x2": split(2, 2), "2x4_padding_free": split(4, padding_free=True)}
+WHOLE_ON_TWO = {"2x24": split(24), "2x1x32_bfd": split(1, 32, packing=True, packing_strategy="bfd")}
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 6}
+
+
+class Runs:
+    """Makes and remembers runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_model_files(folder / "model")
+        for weights, name in ((True, "weighted"), (False, "plain")):
+            write_records(folder / f"even-{name}.jsonl", 24, weights=weights)
+            write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
+            write_records(folder / f"eval-{name}.jsonl", 7, seed=7, weights=weights)
+        self._made: dict[str, Run] = {}
+        self._planned: dict[str, list[str]] = {}
+
+    def options(self, arm, data, form):
+        kind = "plain" if arm in ("mle", "dft") else "weighted"
+        files = {"dataset": self.folder / f"{data}-{kind}.jsonl"}
+        if "eval_strategy" in form:
+            files["eval_dataset"] = self.folder / f"eval-{kind}.jsonl"
+        return {"config_name": self.model, "tokenizer_name": self.model, **files, **ARMS[arm], **form}
+
+    def get(self, arm, data, name, form) -> Run:
+        """A run in this process."""
+        key = f"{arm}-{data}-{name}"
+        if key not in self._made:
+            assert train(self.folder / key, **self.options(arm, data, form)) == 0
+            self._made[key] = Run(self.folder / key)
+        return self._made[key]
+
+    def plan_on_two(self, arm, data, name, form):
+        folder = self.folder / f"two-{arm}-{data}-{name}"
+        options = words(output_dir=folder, **self.options(arm, data, form))
+        self._planned[folder.name] = ["train", "--json", *TRAIN, *options]
+
+    def get_on_two(self, arm, data, name) -> Run:
+        """One of the runs on two processes; the first call makes all of them in one launch."""
+        if self._planned:
+            jobs = self.folder / "jobs.json"
+            jobs.write_text(json.dumps(list(self._planned.values())), encoding="utf-8")
+            self._planned = {}
+            self.launch(str(Path(__file__).with_name("two_processes.py")), str(jobs))
+        return Run(self.folder / f"two-{arm}-{data}-{name}")
+
+    def launch(self, *command):
+        """Run a script with `torchrun` on two processes; fails with what it said on stderr."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # `accelerate launch --cpu` would quietly start a single process.
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        done = subprocess.run(
+            [sys.executable, *launcher, *command],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done

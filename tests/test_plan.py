@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_helpers import recipe_with, snapshot, write_recipe
+from rich.console import Console
+
+from convexlm.errors import UserError
+from convexlm.pipeline import accumulation_steps, train_options
+from convexlm.plan import checkpoint_steps, make_plan, show_plan, steps_of_epoch
+from convexlm.recipe import Recipe, load_recipe
+from convexlm.runs import RunFolder, trained_runs
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def load(tmp_path: Path, **changes: Any) -> Recipe:
+    return load_recipe(write_recipe(tmp_path, recipe_with(**changes)))
+
+
+def with_records(tmp_path: Path, count: int, **changes: Any) -> Recipe:
+    """One arm on a file of so many records."""
+    rows = [{"instruction": "Say it.", "input": str(number), "output": "it"} for number in range(count)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    train = {"per_device_train_batch_size": 2, "report_to": "none", **changes}
+    data = {"dataset": str(tmp_path / "data.json")}
+    return load(tmp_path, data=data, train=train, arms={"mle": {"objective": "mle"}})
+
+
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (13, {"num_train_epochs": 1, "save_steps": 3}),
+    (13, {"num_train_epochs": 3, "gradient_accumulation_steps": 4, "save_steps": 2}),
+    (12, {"num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 2}),
+    (16, {"num_train_epochs": 2, "gradient_accumulation_steps": 4, "save_steps": 100}),
+    (13, {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "save_steps": 2}),
+    (13, {"num_train_epochs": 0.4, "save_steps": 2}),
+    (3, {"num_train_epochs": 2, "gradient_accumulation_steps": 8, "save_steps": 1}),
+    (1, {"num_train_epochs": 2, "save_steps": 1}),
+    (13, {"num_train_epochs": 2, "dataloader_drop_last": True, "gradient_accumulation_steps": 4, "save_steps": 2}),
+    (13, {"max_steps": 5, "save_steps": 2}),
+    (5, {"max_steps": 11, "save_steps": 4}),
+    (13, {"num_train_epochs": 2, "save_steps": 0.25}),
+    (13, {"num_train_epochs": 2, "save_steps": 0.3}),
+    (13, {"num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 2}),
+    (13, {"num_train_epochs": 1.5, "save_strategy": "epoch"}),
+    (13, {"max_steps": 10, "save_strategy": "epoch"}),
+    (13, {"max_steps": 3, "save_strategy": "epoch"}),
+    (13, {"num_train_epochs": 1, "save_strategy": "no"}),
+    (13, {"num_train_epochs": 2, "save_steps": 3, "save_total_limit": 2}),
+]
+
+
+@pytest.mark.parametrize(("count", "options"), CASES)
+def test_steps_and_checkpoints_are_those_of_the_trainer(
+    tmp_path: Path, count: int, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The oracle is transformers' own Trainer, run to its end."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class Line(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.slope * x).square().mean()}
+
+    planned = make_plan(with_records(tmp_path, count, **options), tmp_path / "run")["train"][0]
+    args = TrainingArguments(
+        tmp_path / "trained",
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(Line(), args, train_dataset=[{"x": torch.ones(1)} for _ in range(count)])
+    trainer.train()
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "trained").glob("checkpoint-*"))
+    assert planned["steps"] == trainer.state.global_step
+    assert planned["checkpoints"] == saved
+    assert planned["records"] == count
+
+
+def test_the_reference_recipe_has_the_papers_steps() -> None:
+    """52002 records, 3 epochs, 128 a step: 406.27 a step, so 407 steps an epoch and 1221 in all."""
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "llama-7b-mle.yaml")
+    plan = make_plan(recipe, "runs/x")
+    (train,) = plan["train"]
+    assert (train["steps"], train["global_batch"], train["epochs"]) == (1221, 128, 3)
+    assert train["checkpoints"] == [200, 400, 600, 800, 1000, 1200, 1221]
+    assert plan["searches"]["beam4"]["no_repeat_ngram_size"] == 12
+    assert len(plan["decode"]) == 7 * 4
+
+
+@pytest.mark.parametrize(("world", "accumulated"), [("1", 32), ("2", 16), ("8", 4), ("32", 1)])
+def test_a_global_batch_is_made_up_on_any_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, accumulated: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    recipe = with_records(tmp_path, 1000, per_device_train_batch_size=4, global_batch_size=128, num_train_epochs=1)
+    train = make_plan(recipe, tmp_path / "run")["train"][0]
+    assert train["global_batch"] == 128
+    assert train["batch"] == f"4 x {accumulated} accumulated x {world} processes"
+    assert train["steps"] == 8  # of 1000 / 128 = 7.8
+    assert "global_batch_size" not in train["options"]
+
+
+@pytest.mark.parametrize(
+    ("total", "options", "said"),
+    [
+        (100, {"per_device_train_batch_size": 8}, "no multiple of per_device_train_batch_size x processes = 16"),
+        (8, {"per_device_train_batch_size": 8}, "= 16"),
+        (0, {}, "global_batch_size 0"),
+        (-16, {}, "global_batch_size -16"),
+        ("128", {}, "global_batch_size '128'"),
+        (128.0, {}, "global_batch_size 128.0"),
+        (128, {"gradient_accumulation_steps": 2}, "not both"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, total: Any, options: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as error:
+        accumulation_steps(total, options, "mle")
+    assert "arm `mle`" in str(error.value) and said in str(error.value)
+
+
+def test_the_default_batch_size_is_the_trainers() -> None:
+    from convexlm import ConvexConfig
+
+    config = ConvexConfig("x", use_cpu=True)
+    assert accumulation_steps(16 * config.per_device_train_batch_size, {}, "mle") == 16
+    assert steps_of_epoch(config, 8 * config.per_device_train_batch_size + 1) == 9
+    assert checkpoint_steps(config, None, None) == []
+
+
+def test_a_plan_names_every_file_that_the_run_makes(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    plan = make_plan(recipe, tmp_path / "run")
+    assert [train["run"] for train in plan["train"]] == [run.name for run in trained_runs(recipe)]
+    assert {train["records"] for train in plan["train"]} == {200}
+    assert plan["train"][1]["start"] == str(tmp_path / "run/train/base.seed1/checkpoint-LAST")
+    files = [Path(job["file"]).relative_to(tmp_path / "run/decode") for job in plan["decode"]]
+    assert sorted(map(str, files)) == sorted(
+        f"{arm}.seed{seed}/checkpoint-{step}/toy.{pair}.{search}.jsonl"
+        for arm in ("mle", "convex")
+        for seed in (1, 2)
+        for step in (3, 6)
+        for pair in ("en-de", "en-zh")
+        for search in ("greedy", "beam2")
+    )
+    assert {job["sentences"] for job in plan["decode"]} == {6}
+
+
+def test_a_plan_writes_nothing_and_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load(tmp_path)
+    before = snapshot(tmp_path)
+    plan = make_plan(recipe, tmp_path / "run[/bold]")
+    show_plan(plan, Console(width=200))
+    out = capsys.readouterr().out
+    assert snapshot(tmp_path) == before
+    assert json.loads(json.dumps(plan)) == plan
+    assert str(tmp_path / "run[/bold]") in out and "max_new_tokens=12" in out and "checkpoints 3, 6" in out
+
+
+def test_checkpoints_that_will_not_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="will have no checkpoint at step 4"):
+        make_plan(load(tmp_path, decode__checkpoints=[3, 4]), tmp_path / "run")
+    plan = make_plan(load(tmp_path, decode__checkpoints=[6]), tmp_path / "run")
+    assert {Path(job["file"]).parent.name for job in plan["decode"]} == {"checkpoint-6"}
+    plan = make_plan(load(tmp_path, decode__checkpoints="last"), tmp_path / "run")
+    assert {Path(job["file"]).parent.name for job in plan["decode"]} == {"checkpoint-6"}
+
+
+def test_generated_records_are_counted_as_they_will_be(tmp_path: Path) -> None:
+    from convexlm.pipeline import _generate
+
+    dataset = {"kind": "tinyworld", "directions": ["en-de", "de-en", "en-zh"], "size": 100, "seed": 1}
+    recipe = load(tmp_path, data={"dataset": dataset}, train__max_steps=None)
+    assert make_plan(recipe, tmp_path / "run")["train"][0]["records"] == len(_generate(dataset)) == 99
+    recipe = load(tmp_path, data={"dataset": dataset, "max_records": 7}, train__max_steps=None)
+    assert make_plan(recipe, tmp_path / "run")["train"][0]["records"] == 7
+
+
+def test_options_of_a_run_come_from_the_arm_over_the_recipe(tmp_path: Path) -> None:
+    recipe, folder = load(tmp_path, data__template="alpaca"), RunFolder(tmp_path / "run")
+    base, mle, convex = trained_runs(recipe)[:3]
+    options = train_options(recipe, folder, base)
+    assert (options["max_steps"], options["seed"], options["template"]) == (10, 1, "alpaca")
+    assert options["config_name"] == str(tmp_path / "run/data/model")
+    assert options["tokenizer_name"] == str(tmp_path / "run/data/tokenizer")
+    options = train_options(recipe, folder, convex)
+    assert (options["k"], options["objective"], options["max_steps"]) == (1.0, "convex", 6)
+    assert "config_name" not in options and options["output_dir"] == str(tmp_path / "run/train/convex.seed1")
+    assert options["report_to"] == "none"

@@ -1,0 +1,575 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sacrebleu.metrics import CHRF
+
+from browser import Browser
+from convexlm.errors import UserError
+from convexlm.report import write_report
+from convexlm.report.data import read_run
+from convexlm.report.findings import headline, is_sure
+from convexlm.report.sentences import read_sentences
+from convexlm.report.svg import spread, ticks
+from convexlm.report.text import script_json, visible
+from report_helpers import ARMS, HOSTILE, SCRIPT, make_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Page(HTMLParser):
+    """What a browser's parser makes of a page: its tags, its visible text, its embedded data."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.data = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = dict(attrs).get("id") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.data += data
+        elif not self._inside:
+            self.text += data
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "plain")
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=True)
+
+
+@pytest.fixture
+def copy(plain: Path, tmp_path: Path) -> Path:
+    """A run folder to change."""
+    return shutil.copytree(plain, tmp_path / "copy")
+
+
+def page_of(run: Path, tmp_path: Path) -> Page:
+    return Page(write_report(run, tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def comparison_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+
+
+def change(run: Path, edit: Any) -> None:
+    comparison = comparison_of(run)
+    edit(comparison)
+    (run / "comparison.json").write_text(json.dumps(comparison), encoding="utf-8")
+
+
+# -- the page
+
+
+def test_the_page_says_scores_differences_and_how_sure(plain: Path, tmp_path: Path) -> None:
+    page = page_of(plain, tmp_path)
+    for row in comparison_of(plain)["table"]:
+        assert f"{row['score']:.2f}" in page.text
+        if row["delta"] is not None:
+            assert f"{row['delta']:+.2f}" in page.text
+            assert f"{row['delta_low']:+.2f} to {row['delta_high']:+.2f}".replace("-", "−") in page.text
+        for value in row["by_seed"].values() if row["metric"] == "bleu" else []:
+            assert f"{value:.2f}" in page.text
+    for gap in comparison_of(plain)["gaps"]:
+        if gap["metric"] == "bleu":
+            assert f"{gap['delta_low']:+.2f} to {gap['delta_high']:+.2f}".replace("-", "−") in page.text
+    for pair in ("en-de", "en-zh"):
+        assert pair in page.text
+    assert "tok:zh" in page.text
+    assert "tok:13a" in page.text
+    assert "sacrebleu 2.6.0" in page.text
+    assert "model_name_or_path: tiny" in page.text
+    parts = [
+        page.text.index(title)
+        for title in ("Which objective is", "In every direction", "While training", "On which", "With which")
+    ]
+    assert parts == sorted(parts)
+
+
+def test_the_page_loads_nothing(plain: Path, tmp_path: Path) -> None:
+    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not [attrs for _, attrs in page.tags if "src" in attrs]
+    assert all((attrs["href"] or "").startswith("#") for _, attrs in page.tags if "href" in attrs)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "img")]
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_the_same_files_give_the_same_page(plain: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(plain, tmp_path / "elsewhere")
+    for format_ in ("html", "md", "latex", "json"):
+        first = write_report(plain, tmp_path / "first", format=format_).read_bytes()
+        assert write_report(moved, tmp_path / "second", format=format_).read_bytes() == first
+
+
+def test_every_figure_is_there(plain: Path, tmp_path: Path) -> None:
+    titles = [attrs["aria-label"] for tag, attrs in page_of(plain, tmp_path).tags if tag == "svg"]
+    for wanted in (
+        "BLEU over checkpoints, greedy search",
+        "Negative log-likelihood over steps",
+        "Mean weight of a sequence over steps",
+        "Effective sample size over steps",
+        "toy en-zh beam5",
+        "Quality and decoding cost, BLEU",
+    ):
+        assert wanted in titles
+
+
+def test_no_coordinate_is_nan_where_a_metric_is(plain: Path, tmp_path: Path) -> None:
+    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+    for figure in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        assert "nan" not in figure.lower()
+        assert "inf" not in figure.lower()
+
+
+def test_a_curve_is_broken_where_a_value_is_missing(plain: Path, tmp_path: Path) -> None:
+    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+    figure = next(f for f in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if "likelihood over steps" in f)
+    assert figure.count("<path") == 2 * len(ARMS) * 2  # arms x seeds, in two stretches each
+
+
+def test_null_and_nan_in_the_comparison_become_dashes(copy: Path, tmp_path: Path) -> None:
+    def edit(comparison: dict[str, Any]) -> None:
+        for row in comparison["table"]:
+            if row["metric"] == "chrf":
+                row["score"] = math.nan
+                row["delta"] = None
+            if row["metric"] == "bleu" and row["arm"] == "convex-k3":
+                row["delta_low"] = row["p_value"] = row["p_two_sided"] = row["p_holm"] = math.inf
+
+    change(copy, edit)
+    page = page_of(copy, tmp_path)
+    assert "–" in page.text
+    assert "nan" not in page.text.lower().split()
+    json.loads(
+        write_report(copy, tmp_path / "x", format="json").read_text(encoding="utf-8"), parse_constant=pytest.fail
+    )
+
+
+def test_a_run_without_training_metrics_and_decode_files(copy: Path, tmp_path: Path) -> None:
+    for path in copy.glob("train/*/metrics.jsonl"):
+        path.unlink()
+    next(copy.glob("decode/mle.seed2/checkpoint-200/*.jsonl")).unlink()
+    page = page_of(copy, tmp_path)
+    assert "no metrics.jsonl" in page.text
+    assert "1 decode file is missing" in page.text
+    assert -1 in [cell for item in json.loads(page.data)["items"] for cell in item[5]]
+
+
+def test_one_arm_one_seed_has_scores_and_no_test(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", size=8, seeds=(1,), arms=("mle",), n_samples=5, steps=(50,))
+    page = page_of(run, tmp_path)
+    assert "nothing was tested" in page.text
+    assert "mle: scores of one objective" in page.text
+
+
+# -- what won
+
+
+def _row(delta: float, low: float, high: float, p: float, **more: Any) -> dict[str, Any]:
+    ps = {"p_value": p, "p_two_sided": p, "p_holm": p}
+    return {"delta": delta, "delta_low": low, "delta_high": high, **ps, **more}
+
+
+def test_sure_needs_the_interval_and_every_p() -> None:
+    assert is_sure(_row(2, 1, 3, 0.01))
+    assert is_sure(_row(-2, -3, -1, 0.01))
+    assert not is_sure(_row(2, -1, 3, 0.01))
+    assert not is_sure(_row(2, 1, 3, 0.01) | {"p_holm": 0.06})
+    assert not is_sure(_row(2, 1, 3, 0.01) | {"p_two_sided": 0.06})
+    assert not is_sure(_row(2, math.nan, 3, 0.01))
+    assert not is_sure({"delta": None})
+
+
+@pytest.mark.parametrize(
+    ("greedy", "beam", "said"),
+    [
+        (
+            _row(2, 1, 3, 0.01),
+            _row(2, 1, 3, 0.01),
+            "convex-k1 beats mle with every search: +2.00 BLEU (greedy search)",
+        ),
+        (_row(2, -1, 3, 0.2), _row(1, -1, 3, 0.3), "No objective differs from mle beyond chance"),
+        (_row(-2, -3, -1, 0.01), _row(-2, -3, -1, 0.01), "mle is ahead of every other objective"),
+        (
+            _row(2, 1, 3, 0.01),
+            _row(1, -1, 3, 0.3),
+            "With greedy search convex-k1 is ahead; with beam5 search no objective is surely ahead",
+        ),
+    ],
+)
+def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam: dict, said: str) -> None:
+    def edit(comparison: dict[str, Any]) -> None:
+        comparison["arms"] = ["mle", "convex-k1"]
+        rows = [row for row in comparison["table"] if row["arm"] != "convex-k3"]
+        for row in rows:
+            if row["arm"] == "convex-k1" and row["metric"] == "bleu":
+                row.update(greedy if row["search"] == "greedy" else beam)
+        comparison["table"] = rows
+
+    change(copy, edit)
+    assert headline(read_run(copy))[0] == said
+
+
+def test_lower_is_better_for_ter(copy: Path) -> None:
+    def edit(comparison: dict[str, Any]) -> None:
+        comparison["metrics"] = ["ter"]
+        rows = [row for row in comparison["table"] if row["metric"] == "bleu"]
+        for row in rows:
+            row.update(metric="ter", higher_is_better=False)
+            if row["arm"] != "mle":
+                row.update(_row(-5 if row["arm"] == "convex-k1" else 5, 0, 0, 0.01))
+                row.update(delta_low=row["delta"] - 1, delta_high=row["delta"] + 1)
+        comparison["table"] = rows
+
+    change(copy, edit)
+    assert headline(read_run(copy))[0] == "convex-k1 beats mle with every search: −5.00 TER (greedy search)"
+
+
+def test_two_metrics_that_disagree_are_named(copy: Path, tmp_path: Path) -> None:
+    def edit(comparison: dict[str, Any]) -> None:
+        for row in comparison["table"]:
+            if row["arm"] == "convex-k3" and row["metric"] == "chrf" and row["search"] == "greedy":
+                row.update(_row(-7, -8, -6, 0.001))
+
+    change(copy, edit)
+    said = headline(read_run(copy))[1]
+    assert [text for text in said if "disagrees" in text] == [
+        "chrF disagrees: by it convex-k3 with greedy search is behind mle, −7.00 (95 % interval −8.00 to −6.00)."
+    ]
+
+
+# -- sentences
+
+
+def test_sentence_scores_are_sacrebleus(plain: Path) -> None:
+    payload = read_sentences(read_run(plain)).payload
+    assert payload["arms"] == list(ARMS)
+    items = payload["items"]
+    assert len(items) == 80
+    lines = (plain / "decode/convex-k1.seed2/checkpoint-200/toy.en-zh.beam5.jsonl").read_text().splitlines()
+    cell = (1 * 2 + 1) * 2 + 1  # arm convex-k1, search beam5, seed 2
+    for line, item in zip(map(json.loads, lines), items[40:], strict=True):
+        _, id_, source, references, texts, cells, scores, cut = item
+        assert (id_, source) == (line["id"], line["source"])
+        assert texts[cells[cell]] == line["hypothesis"]
+        assert scores[cells[cell]] == round(CHRF().sentence_score(line["hypothesis"], references).score, 1)
+        assert (cell in cut) == (line["finished"] is False)
+
+
+def test_without_references_there_are_no_scores(copy: Path, tmp_path: Path) -> None:
+    (copy / "data/references.jsonl").unlink()
+    page = page_of(copy, tmp_path)
+    assert "has no references" in page.text
+    assert all(item[3] == [] and item[6] is None for item in json.loads(page.data)["items"])
+
+
+def test_a_long_run_is_sampled_and_says_so(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = read_sentences(read_run(plain))
+    room = len(script_json(everything.payload["items"]).encode()) // 3
+    book = read_sentences(read_run(plain), room=room)
+    assert 0 < book.shown < book.total == 80
+    assert len(script_json(book.payload["items"]).encode()) <= room + 2
+
+    def difference(item: list[Any]) -> float:
+        values = [item[6][cell] for cell in item[5]]
+        return max(abs(values[index] - values[index % 4]) for index in range(12))
+
+    largest = max(everything.payload["items"], key=difference)
+    assert difference(largest) == max(map(difference, book.payload["items"]))
+    monkeypatch.setattr("convexlm.report.sentences.ROOM", room)
+    monkeypatch.setattr("convexlm.report.sentences.read_sentences.__defaults__", (room,))
+    assert f"{book.shown} of 80 sentences are on this page" in page_of(plain, tmp_path).text
+
+
+@pytest.mark.slow
+def test_eight_thousand_sentences_stay_under_three_megabytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "large", size=4000, seeds=(1,), n_samples=2, steps=(100,))
+    assert write_report(run).stat().st_size < 3_000_000
+
+
+def test_references_of_another_length_are_refused(copy: Path) -> None:
+    path = copy / "data/references.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[1]["references"][0].pop()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match="toy en-zh has 39 references for 40 sources"):
+        write_report(copy)
+
+
+# -- hostile text
+
+
+def test_hostile_text_is_data_and_nothing_else(hostile: Path, tmp_path: Path) -> None:
+    raw = write_report(hostile, tmp_path / "page.html").read_bytes()
+    html = raw.decode("utf-8")  # strictly: a lone surrogate would not be UTF-8
+    assert b"\0" not in raw
+    page = Page(html)
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2
+    assert SCRIPT not in html
+    assert SCRIPT in page.text  # the recipe's description, as text
+    assert not re.search("[\u2028\u2029\u202e\u2066]", html)
+    texts = [item[4][item[5][8]] for item in json.loads(page.data)["items"][: len(HOSTILE)]]
+    assert texts[0] == SCRIPT
+    assert texts[2].startswith("xxxx")
+    assert texts[2].endswith("[…96000 more characters]")
+    assert texts[3:] == HOSTILE[3:]
+
+
+def test_hostile_names_are_escaped_in_every_format(copy: Path, tmp_path: Path) -> None:
+    evil = "<b>&_|`$\\\u202e\ud800"
+    path = copy / "comparison.json"
+    text = path.read_text(encoding="utf-8").replace('"toy-run"', json.dumps(evil)).replace('"toy"', json.dumps(evil))
+    path.write_text(text, encoding="utf-8")
+    page = page_of(copy, tmp_path)
+    assert "<b>&_|`$\\⟨U+202E⟩⟨U+D800⟩" in page.text
+    for format_ in ("md", "latex", "json"):
+        written = write_report(copy, tmp_path / "out", format=format_).read_text(encoding="utf-8")
+        assert "\u202e" not in written
+    assert json.loads(written)["recipe"] == evil
+
+
+def test_script_json_and_visible() -> None:
+    value = {"a": "</script>&\u2028\ud800\x00", "b": [math.nan, 1.5, None]}
+    text = script_json(value)
+    assert not re.search("[<>&\u2028\ud800\x00]", text)
+    assert json.loads(text) == value | {"b": [None, 1.5, None]}
+    assert visible("a\u202eb\x00c\ud800") == "a⟨U+202E⟩b⟨U+0000⟩c⟨U+D800⟩"
+    assert visible("plain 中文\n\ttext 🙂") == "plain 中文\n\ttext 🙂"
+
+
+# -- other formats
+
+
+def test_markdown_latex_and_json_have_the_tables(plain: Path, tmp_path: Path) -> None:
+    markdown = write_report(plain, tmp_path / "r.md", format="md").read_text(encoding="utf-8")
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table[:8]}) == 1
+    row = next(row for row in comparison_of(plain)["table"] if row["arm"] == "convex-k3" and row["metric"] == "bleu")
+    assert f"| convex-k3 | greedy | {row['score']:.2f} | {row['delta']:+.2f} |" in markdown
+    latex = write_report(plain, tmp_path / "r.tex", format="latex").read_text(encoding="utf-8")
+    assert f"convex-k3 & greedy & {row['score']:.2f} & {row['delta']:+.2f} &" in latex
+    assert r"95 \% interval" in latex
+    found = json.loads(write_report(plain, tmp_path / "r.json", format="json").read_text(encoding="utf-8"))
+    assert found["table"] == comparison_of(plain)["table"]
+    assert set(found["metrics"]) == {"bleu", "chrf"}
+    assert len(found["training"]) == 6
+
+
+def test_an_unknown_format_names_the_known(plain: Path) -> None:
+    with pytest.raises(UserError, match="unknown report format `pdf`; known: html, md, latex, json"):
+        write_report(plain, format="pdf")
+
+
+# -- folders that cannot be reported
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        write_report(tmp_path / "file")
+    with pytest.raises(UserError, match=r"is no run folder: it has no recipe\.yaml"):
+        write_report(tmp_path)
+
+
+def test_the_missing_stage_is_named(copy: Path) -> None:
+    (copy / "comparison.json").unlink()
+    with pytest.raises(UserError, match=r"no comparison\.json \(stage `score and compare`\)"):
+        write_report(copy)
+    shutil.rmtree(copy / "decode")
+    with pytest.raises(UserError, match="stage `decode`"):
+        write_report(copy)
+    shutil.rmtree(copy / "train")
+    with pytest.raises(UserError, match="stage `train`"):
+        write_report(copy)
+
+
+def test_broken_files_are_named(copy: Path) -> None:
+    (copy / "comparison.json").write_text("{\n nonsense")
+    with pytest.raises(UserError, match=r"comparison\.json, line 2: not valid JSON"):
+        write_report(copy)
+    (copy / "comparison.json").write_text('{"schema": 99}')
+    with pytest.raises(UserError, match="another version"):
+        write_report(copy)
+    (copy / "comparison.json").write_text('{"schema": 1, "recipe": "x"}')
+    with pytest.raises(UserError, match="has no `baseline`"):
+        write_report(copy)
+
+
+def test_an_output_that_cannot_be_written(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        write_report(plain, tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(plain, tmp_path / "file" / "page.html")
+
+
+# -- drawing
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == [0.0, 0.5, 1.0]
+    assert ticks(-0.3, 0.3) == pytest.approx([-0.2, 0.0, 0.2])
+    for low, high in ((3.1, 97.2), (-1e-4, 2e-4), (1e6, 3e6)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6
+        assert all(low <= mark <= high * (1 + 1e-9) for mark in found)
+    assert ticks(2, 2) == [2]
+
+
+def test_labels_keep_apart() -> None:
+    placed = spread([10, 10, 11, 90], 12, 0, 100)
+    ordered = sorted(placed)
+    assert all(b - a >= 12 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(0 <= value <= 100 for value in spread([100, 100, 100], 12, 0, 100))
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    made = Browser(tmp_path_factory.mktemp("profile"))
+    yield made
+    made.close()
+
+
+FIRST = "document.querySelector('#list > li').innerText"
+COUNT = "document.getElementById('count').textContent"
+
+
+def choose(browser: Browser, control: str, value: str) -> None:
+    browser.evaluate(
+        f"(() => {{ const c = document.getElementById('{control}'); c.value = {json.dumps(value)};"
+        f" c.dispatchEvent(new Event(c.id === 'filter' ? 'input' : 'change')); }})()"
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1180])
+def test_opens_without_error_at_every_width(
+    name: str, theme: str, width: int, browser: Browser, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = write_report(request.getfixturevalue(name), tmp_path / "page.html")
+    browser.open(path, width=width, theme=theme)
+    for order in ("gain", "loss", "low", "order"):
+        choose(browser, "sort", order)
+        browser.evaluate("document.getElementById('more').click()")
+    assert browser.problems == []
+    assert browser.requests == [path.resolve().as_uri()]
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    dark = browser.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (theme == "dark")
+
+
+def test_sorting_filter_and_direction_change_what_is_shown(plain: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(plain, tmp_path / "page.html"))
+    gains = browser.evaluate("[...document.querySelectorAll('.head b')].map((b) => b.textContent)")
+    values = [float(text.replace("−", "-")) for text in gains]
+    assert values == sorted(values, reverse=True)
+    most = browser.evaluate(FIRST)
+    choose(browser, "sort", "loss")
+    assert browser.evaluate(FIRST) != most
+    choose(browser, "corpus", "0")
+    assert "that fit" in browser.evaluate(COUNT)
+    assert "20 shown of 40" in browser.evaluate(COUNT)
+    assert "en-de" in browser.evaluate(FIRST)
+    source = json.loads((plain / "decode/mle.seed1/checkpoint-200/toy.en-de.greedy.jsonl").read_text().split("\n")[7])
+    choose(browser, "filter", source["source"].upper())
+    assert "1 shown of 1" in browser.evaluate(COUNT)
+    assert source["hypothesis"] in browser.evaluate(FIRST)
+    assert browser.evaluate("document.querySelectorAll('#list mark').length") > 0
+    choose(browser, "filter", "no such text anywhere")
+    assert "No sentence" in browser.evaluate(COUNT)
+
+
+def test_marks_are_the_words_that_differ(plain: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(plain, tmp_path / "page.html"))
+    choose(browser, "marks", "reference")
+    choose(browser, "corpus", "0")
+    browser.evaluate("document.getElementById('more').click()")
+    # Without its marks, what is left of a hypothesis are words of the reference in their order.
+    found = browser.evaluate(
+        """[...document.querySelectorAll('#list > li')].map((li) => ({
+          reference: li.querySelector('.reference').textContent,
+          rest: [...li.querySelectorAll('.hypothesis')].map((dd) => [...dd.childNodes]
+            .filter((n) => n.nodeName !== 'MARK' && !n.className).map((n) => n.textContent).join(''))
+        }))"""
+    )
+    assert len(found) == 40
+    for item in found:
+        words = re.findall(r"\w+", item["reference"])
+        for rest in item["rest"]:
+            left = iter(words)
+            assert all(word in left for word in re.findall(r"\w+", rest))
+
+
+def test_hostile_text_is_shown_as_text(hostile: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(hostile, tmp_path / "page.html"))
+    choose(browser, "sort", "order")
+    shown = browser.evaluate(
+        "[...document.querySelectorAll('#list > li')].map((li) => li.querySelectorAll('.hypothesis')[2].textContent)"
+    )
+    assert shown[0].startswith(SCRIPT)
+    assert shown[1].startswith(HOSTILE[1])
+    assert "x" * 4000 in shown[2]
+    assert "lone U+D800 surrogate" in shown[3]
+    assert "U+0000" in shown[4]
+    assert "U+202E" in shown[5]
+    assert shown[7] == "empty"
+    assert shown[8].startswith(HOSTILE[8])
+    assert browser.evaluate("document.querySelectorAll('#list script, #list img').length") == 0
+    assert browser.problems == []
+
+
+def test_works_with_the_keyboard_alone(plain: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(plain, tmp_path / "page.html"))
+    where = "[...document.querySelectorAll('#list > li')].indexOf(document.activeElement)"
+    for expected in (0, 1, 2):
+        browser.press("j")
+        assert browser.evaluate(where) == expected
+    browser.press("k")
+    assert browser.evaluate(where) == 1
+    browser.press("/")
+    assert browser.evaluate("document.activeElement.id") == "filter"
+    browser.press("j")
+    assert browser.evaluate("document.activeElement.value") == "j"
+    browser.press("Escape")
+    assert browser.evaluate("document.activeElement.value") == ""
+    browser.press("Tab")
+    assert browser.evaluate("document.activeElement.id") == "differ"
+
+
+def test_prints_without_controls(plain: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(plain, tmp_path / "page.html"))
+    browser.resize(794, 1123, media="print")
+    assert browser.evaluate("getComputedStyle(document.getElementById('controls')).display") == "none"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 794
