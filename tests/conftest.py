@@ -16,3 +16,31 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not at hand ({path}); set CONVEXLM_SHARED_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama with random weights and a byte-level tokenizer that knows a few words."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from convexlm.tinyworld.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = train_tokenizer(["say one two three four"], vocab_size=512)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pipeline_helpers import ENVIRONMENT, call, recipe_with, snapshot, write_recipe
 
 from convexlm import cli
 from convexlm.errors import UserError
 from convexlm.options import VerbParser
 from convexlm.version import __version__
+from pipeline_helpers import ENVIRONMENT, call, recipe_with, snapshot, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,13 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     signal.signal(signal.SIGPIPE, before)
 
 
-def verb(monkeypatch: pytest.MonkeyPatch, run: Any, show: Any = lambda result, console: console.print("shown")) -> None:
+def verb(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """Put a verb of our own in the place of `score`."""
-    module = SimpleNamespace(make_parser=lambda prog: VerbParser(prog, "For tests."), run=run, show=show)
+    module = SimpleNamespace(
+        make_parser=lambda prog: VerbParser(prog, "For tests."),
+        run=run,
+        show=lambda result, console: console.print("shown"),
+    )
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
 
 
@@ -51,7 +55,7 @@ def refused(words: list[Any], capfd: pytest.CaptureFixture[str]) -> str:
 def test_the_overview_needs_no_heavy_import() -> None:
     code = (
         "import sys, convexlm.cli\n"
-        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'sacrebleu', 'numpy', 'yaml', 'rich'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'sacrebleu', 'numpy', 'yaml', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert convexlm.cli.main(['--help']) == 0 and convexlm.cli.main(['--version']) == 0\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'sacrebleu', 'numpy'} & set(sys.modules)\n"

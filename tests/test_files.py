@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from convexlm import files
 from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # -- writing
 

@@ -82,10 +82,10 @@ def reference(tensors, labels, ids, objective, normalizer=None, sample_weights=N
     out = objective(chosen, mask, sequence_ids=ids, normalizer=normalizer, sample_weights=sample_weights)
     gradients = torch.autograd.grad(out.loss, list(exact.values()))
     p = logits.detach().softmax(-1)
+    repeats = mask.double() if sample_weights is None else sample_weights * mask
     extra = {
-        "scored": mask.sum(),
-        "correct": ((logits.argmax(-1) == labels) & mask).sum(),
-        "entropy_sum": (torch.special.entr(p).sum(-1) * mask).sum(),
+        "correct": ((logits.argmax(-1) == labels) * repeats).sum(),
+        "entropy_sum": (torch.special.entr(p).sum(-1) * repeats).sum(),
     }
     return out, dict(zip(exact, gradients, strict=True)), extra
 
@@ -193,7 +193,7 @@ def test_nothing_to_learn_is_a_zero_with_a_graph(lengths, dtype):
     for x in tensors.values():
         assert x.grad is not None
         assert not x.grad.any()
-    assert out.statistics()["num_tokens"] == out.statistics()["scored"] == out.statistics()["correct"] == 0
+    assert out.statistics()["num_tokens"] == out.statistics()["correct"] == 0
     # And as one rank's or micro-batch's empty part of a batch that has targets elsewhere.
     assert fused_objective(tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"], 10.0).loss == 0
 
@@ -275,7 +275,7 @@ def test_gradcheck(recompute):
         ).loss
 
     assert torch.autograd.gradcheck(loss, tuple(tensors.values()))
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         (grad,) = torch.autograd.grad(loss(*tensors.values()), tensors["hidden"], create_graph=True)
         grad.sum().backward()
 
@@ -376,8 +376,8 @@ def count(frozen=False, gradients=True, **kwargs):
 
 def test_no_tensor_beyond_one_chunk_of_logits():
     for kwargs in ({"chunk_tokens": 64}, {"chunk_tokens": 40}, {"chunk_tokens": 64, "recompute": True}):
-        assert count(**kwargs).elements == kwargs["chunk_tokens"] * 1000
-        assert count(**kwargs, need_entropy=True).elements == kwargs["chunk_tokens"] * 1000
+        for need_entropy in (False, True):
+            assert count(**kwargs, need_entropy=need_entropy).elements <= kwargs["chunk_tokens"] * 1000
 
 
 def test_three_products_a_chunk_two_if_frozen_one_without_gradients():

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline_helpers import recipe_with, snapshot, write_recipe
 from rich.console import Console
 
 from convexlm.errors import UserError
@@ -13,6 +12,7 @@ from convexlm.pipeline import accumulation_steps, train_options
 from convexlm.plan import checkpoint_steps, make_plan, show_plan, steps_of_epoch
 from convexlm.recipe import Recipe, load_recipe
 from convexlm.runs import RunFolder, trained_runs
+from pipeline_helpers import recipe_with, snapshot, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ def test_steps_and_checkpoints_are_those_of_the_trainer(
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        save_only_model=True,
         **options,
     )
     trainer = Trainer(Line(), args, train_dataset=[{"x": torch.ones(1)} for _ in range(count)])

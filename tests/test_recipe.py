@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from pipeline_helpers import TINY, recipe_with, write_recipe
 
 from convexlm.errors import UserError
 from convexlm.recipe import Recipe, load_recipe
+from pipeline_helpers import TINY, recipe_with, write_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def load(tmp_path: Path, overrides: list[str] | None = None, **changes: Any) -> Recipe:
@@ -140,9 +142,7 @@ def test_a_search_label_tells_two_searches_apart(tmp_path: Path) -> None:
 
 def test_objective_kwargs_are_checked_with_their_arm(tmp_path: Path) -> None:
     assert load(tmp_path, arms__convex={"objective": "convex", "objective_kwargs": {"k": 2.0}})
-    assert "arm `convex`" in complaint(
-        tmp_path, arms__convex={"objective": "convex", "objective_kwargs": {"kk": 2.0}}
-    )
+    assert "arm `convex`" in complaint(tmp_path, arms__convex={"objective": "convex", "objective_kwargs": {"kk": 2.0}})
 
 
 def test_numbers_are_numbers_however_yaml_writes_them(tmp_path: Path) -> None:

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sacrebleu.metrics import CHRF
 
-from browser import Browser
 from convexlm.errors import UserError
 from convexlm.report import write_report
 from convexlm.report.data import read_run
 from convexlm.report.findings import headline, is_sure
 from convexlm.report.sentences import read_sentences
-from convexlm.report.svg import spread, ticks
-from convexlm.report.text import script_json, visible
+from convexlm.report.text import script_json
 from report_helpers import ARMS, HOSTILE, SCRIPT, make_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -59,7 +56,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=True)
+    return make_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=True, size=12, n_samples=2)
 
 
 @pytest.fixture
@@ -354,15 +351,6 @@ def test_hostile_names_are_escaped_in_every_format(copy: Path, tmp_path: Path) -
     assert json.loads(written)["recipe"] == evil
 
 
-def test_script_json_and_visible() -> None:
-    value = {"a": "</script>&\u2028\ud800\x00", "b": [math.nan, 1.5, None]}
-    text = script_json(value)
-    assert not re.search("[<>&\u2028\ud800\x00]", text)
-    assert json.loads(text) == value | {"b": [None, 1.5, None]}
-    assert visible("a\u202eb\x00c\ud800") == "a⟨U+202E⟩b⟨U+0000⟩c⟨U+D800⟩"
-    assert visible("plain 中文\n\ttext 🙂") == "plain 中文\n\ttext 🙂"
-
-
 # -- other formats
 
 
@@ -429,147 +417,3 @@ def test_an_output_that_cannot_be_written(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         write_report(plain, tmp_path / "file" / "page.html")
-
-
-# -- drawing
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 1) == [0.0, 0.5, 1.0]
-    assert ticks(-0.3, 0.3) == pytest.approx([-0.2, 0.0, 0.2])
-    for low, high in ((3.1, 97.2), (-1e-4, 2e-4), (1e6, 3e6)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 6
-        assert all(low <= mark <= high * (1 + 1e-9) for mark in found)
-    assert ticks(2, 2) == [2]
-
-
-def test_labels_keep_apart() -> None:
-    placed = spread([10, 10, 11, 90], 12, 0, 100)
-    ordered = sorted(placed)
-    assert all(b - a >= 12 for a, b in zip(ordered, ordered[1:], strict=False))
-    assert all(0 <= value <= 100 for value in spread([100, 100, 100], 12, 0, 100))
-
-
-# -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(tmp_path_factory.mktemp("profile"))
-    yield made
-    made.close()
-
-
-FIRST = "document.querySelector('#list > li').innerText"
-COUNT = "document.getElementById('count').textContent"
-
-
-def choose(browser: Browser, control: str, value: str) -> None:
-    browser.evaluate(
-        f"(() => {{ const c = document.getElementById('{control}'); c.value = {json.dumps(value)};"
-        f" c.dispatchEvent(new Event(c.id === 'filter' ? 'input' : 'change')); }})()"
-    )
-
-
-@pytest.mark.parametrize("name", ["plain", "hostile"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1180])
-def test_opens_without_error_at_every_width(
-    name: str, theme: str, width: int, browser: Browser, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    path = write_report(request.getfixturevalue(name), tmp_path / "page.html")
-    browser.open(path, width=width, theme=theme)
-    for order in ("gain", "loss", "low", "order"):
-        choose(browser, "sort", order)
-        browser.evaluate("document.getElementById('more').click()")
-    assert browser.problems == []
-    assert browser.requests == [path.resolve().as_uri()]
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    dark = browser.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
-    assert dark == (theme == "dark")
-
-
-def test_sorting_filter_and_direction_change_what_is_shown(plain: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(plain, tmp_path / "page.html"))
-    gains = browser.evaluate("[...document.querySelectorAll('.head b')].map((b) => b.textContent)")
-    values = [float(text.replace("−", "-")) for text in gains]
-    assert values == sorted(values, reverse=True)
-    most = browser.evaluate(FIRST)
-    choose(browser, "sort", "loss")
-    assert browser.evaluate(FIRST) != most
-    choose(browser, "corpus", "0")
-    assert "that fit" in browser.evaluate(COUNT)
-    assert "20 shown of 40" in browser.evaluate(COUNT)
-    assert "en-de" in browser.evaluate(FIRST)
-    source = json.loads((plain / "decode/mle.seed1/checkpoint-200/toy.en-de.greedy.jsonl").read_text().split("\n")[7])
-    choose(browser, "filter", source["source"].upper())
-    assert "1 shown of 1" in browser.evaluate(COUNT)
-    assert source["hypothesis"] in browser.evaluate(FIRST)
-    assert browser.evaluate("document.querySelectorAll('#list mark').length") > 0
-    choose(browser, "filter", "no such text anywhere")
-    assert "No sentence" in browser.evaluate(COUNT)
-
-
-def test_marks_are_the_words_that_differ(plain: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(plain, tmp_path / "page.html"))
-    choose(browser, "marks", "reference")
-    choose(browser, "corpus", "0")
-    browser.evaluate("document.getElementById('more').click()")
-    # Without its marks, what is left of a hypothesis are words of the reference in their order.
-    found = browser.evaluate(
-        """[...document.querySelectorAll('#list > li')].map((li) => ({
-          reference: li.querySelector('.reference').textContent,
-          rest: [...li.querySelectorAll('.hypothesis')].map((dd) => [...dd.childNodes]
-            .filter((n) => n.nodeName !== 'MARK' && !n.className).map((n) => n.textContent).join(''))
-        }))"""
-    )
-    assert len(found) == 40
-    for item in found:
-        words = re.findall(r"\w+", item["reference"])
-        for rest in item["rest"]:
-            left = iter(words)
-            assert all(word in left for word in re.findall(r"\w+", rest))
-
-
-def test_hostile_text_is_shown_as_text(hostile: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(hostile, tmp_path / "page.html"))
-    choose(browser, "sort", "order")
-    shown = browser.evaluate(
-        "[...document.querySelectorAll('#list > li')].map((li) => li.querySelectorAll('.hypothesis')[2].textContent)"
-    )
-    assert shown[0].startswith(SCRIPT)
-    assert shown[1].startswith(HOSTILE[1])
-    assert "x" * 4000 in shown[2]
-    assert "lone U+D800 surrogate" in shown[3]
-    assert "U+0000" in shown[4]
-    assert "U+202E" in shown[5]
-    assert shown[7] == "empty"
-    assert shown[8].startswith(HOSTILE[8])
-    assert browser.evaluate("document.querySelectorAll('#list script, #list img').length") == 0
-    assert browser.problems == []
-
-
-def test_works_with_the_keyboard_alone(plain: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(plain, tmp_path / "page.html"))
-    where = "[...document.querySelectorAll('#list > li')].indexOf(document.activeElement)"
-    for expected in (0, 1, 2):
-        browser.press("j")
-        assert browser.evaluate(where) == expected
-    browser.press("k")
-    assert browser.evaluate(where) == 1
-    browser.press("/")
-    assert browser.evaluate("document.activeElement.id") == "filter"
-    browser.press("j")
-    assert browser.evaluate("document.activeElement.value") == "j"
-    browser.press("Escape")
-    assert browser.evaluate("document.activeElement.value") == ""
-    browser.press("Tab")
-    assert browser.evaluate("document.activeElement.id") == "differ"
-
-
-def test_prints_without_controls(plain: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(plain, tmp_path / "page.html"))
-    browser.resize(794, 1123, media="print")
-    assert browser.evaluate("getComputedStyle(document.getElementById('controls')).display") == "none"
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 794

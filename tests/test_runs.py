@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from pipeline_helpers import recipe_with, write_recipe
 
 from convexlm.errors import UserError
 from convexlm.recipe import Recipe, load_recipe
 from convexlm.runs import RunFolder, TrainedRun, identity_sha256, trained_runs, versions
+from pipeline_helpers import recipe_with, write_recipe
 
 
 def load(tmp_path: Path, **changes: Any) -> Recipe:
@@ -149,9 +149,7 @@ def test_a_lock_is_given_back_after_a_failure(tmp_path: Path) -> None:
 
 def test_every_arm_is_trained_with_every_seed_its_start_before_it(tmp_path: Path) -> None:
     runs = trained_runs(load(tmp_path))
-    assert [run.name for run in runs] == [
-        f"{arm}.seed{seed}" for seed in (1, 2) for arm in ("base", "mle", "convex")
-    ]
+    assert [run.name for run in runs] == [f"{arm}.seed{seed}" for seed in (1, 2) for arm in ("base", "mle", "convex")]
     assert runs[4] == TrainedRun("mle", 2, "mle.seed2")
     assert [run.name for run in trained_runs(load(tmp_path, seeds=[9]))] == ["base", "mle", "convex"]
 

@@ -43,9 +43,9 @@ _said: set[str] = set()
 class FusedOutput(ObjectiveOutput):
     """An `ObjectiveOutput`, whose statistics have three more sums, and how it was computed.
 
-    `statistics()` also holds `correct` (targets that are the most probable token; the first of equals), `entropy_sum`
-    (of the next-token distributions, nats) and `scored` (the targets that these two are over); without
-    `need_accuracy`, or `need_entropy`, that sum is absent. Token-level `weights` have the shape of `labels`.
+    `statistics()` also holds `correct` (targets that are the most probable token; the first of equals) and
+    `entropy_sum` (of the next-token distributions, nats), both sample-weighted as `tokens` is, which they divide by to
+    means; without `need_accuracy`, or `need_entropy`, that sum is absent. Token-level `weights` have the labels' shape.
 
     Attributes:
         log_probs: (N,) float32 (float64 for float64 input), detached; 0 where the label is -100.
@@ -385,12 +385,12 @@ class _Pass:
         if self.objective.level == "token":
             parts["weights"] = spread(self.scored.weights)
         statistics = self.scored.statistics()
-        like = statistics["num_tokens"]
-        statistics["scored"] = like.new_tensor(len(self.labels))
-        if self.numbers.correct is not None:
-            statistics["correct"] = self.numbers.correct.sum().to(like)
-        if self.numbers.entropy is not None:
-            statistics["entropy_sum"] = self.numbers.entropy.sum(dtype=like.dtype)
+        like = statistics["tokens"]
+        for name, each in (("correct", self.numbers.correct), ("entropy_sum", self.numbers.entropy)):
+            if each is not None:
+                each = each.to(like)
+                weights = self.sample_weights
+                statistics[name] = each.sum() if weights is None else (each * weights.to(like)).sum()
         parts["_statistics"] = statistics
         return FusedOutput(
             **parts,

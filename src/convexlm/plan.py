@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
 
     from convexlm.config import ConvexConfig
@@ -57,7 +61,8 @@ def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any
 
     arm = recipe.arm(run.arm)
     options = train_options(recipe, folder, run)
-    _, _, config = build_options({**options, "use_cpu": True, "bf16": False, "fp16": False})
+    with _alone():
+        _, _, config = build_options({**options, "use_cpu": True, "bf16": False, "fp16": False})
     records, how = _count_records(recipe, arm)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     epoch = None if records is None or config.packing else steps_of_epoch(config, records)
@@ -81,6 +86,17 @@ def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any
         "options": {key: options[key] for key in SHOWN_OPTIONS if options.get(key) is not None},
         "output_dir": str(folder.train(run)),
     }
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the launcher's variables: training options would else go and look for the other processes."""
+    names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _count_records(recipe: Recipe, arm: Any) -> tuple[int | None, str]:

@@ -308,9 +308,9 @@ def _row(
 
 
 def _add_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put `p_holm`, over these rows, behind every `p_value`; None where that is None."""
-    adjusted = iter(holm([row["p_value"] for row in rows if row["p_value"] is not None]))
-    return [row | {"p_holm": None if row["p_value"] is None else next(adjusted)} for row in rows]
+    """Put `p_holm`, over these rows' `p_two_sided`, behind every row; None where that is None."""
+    adjusted = iter(holm([row["p_two_sided"] for row in rows if row["p_two_sided"] is not None]))
+    return [row | {"p_holm": None if row["p_two_sided"] is None else next(adjusted)} for row in rows]
 
 
 def _common_systems(corpora: Sequence[Mapping[str, Any]], baseline: str | None) -> tuple[list[str], str]:

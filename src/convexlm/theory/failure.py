@@ -37,9 +37,9 @@ def climb_plain_power(
     start: Sequence[float] | Floats,
     order: float = 2.0,
     *,
-    rate: float = 0.5,
+    rate: float = 1.0,
     max_steps: int = 100_000,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
 ) -> Climb:
     """Gradient ascent, in softmax logits, on sum_i d_i p_i^order: the convex function without the logarithm.
 
@@ -56,16 +56,16 @@ def climb_plain_power(
     if not (1 <= order < math.inf and 0 < rate < math.inf and max_steps >= 1):
         raise ValueError("order must be at least 1, rate above 0 and max_steps at least 1")
     logits = np.log(p)
-    for step in range(1, max_steps + 1):
+    steps, norm = 0, math.inf
+    while steps < max_steps and norm >= tolerance:
+        steps += 1
         pull = order * d * p**order
         gradient = pull - p * pull.sum()
         logits = logits + rate * gradient
         logits = logits - np.logaddexp.reduce(logits)
         p = np.exp(logits)
         norm = float(np.linalg.norm(gradient))
-        if norm < tolerance:
-            break
-    return Climb(p, step, norm)
+    return Climb(p, steps, norm)
 
 
 def local_optima_plain_power(probabilities: Sequence[float] | Floats, order: float = 2.0) -> list[int]:
@@ -86,7 +86,7 @@ def local_optima_plain_power(probabilities: Sequence[float] | Floats, order: flo
 
 
 def log_gradient_factor(mean_log_prob: float, length: float, order: float = 1.0) -> float:
-    """log of the factor on grad log p when p^order is maximised: order p^order, p = exp(length * mean_log_prob).
+    """Logarithm of the factor on grad log p when p^order is maximised: order p^order, p = exp(length * mean_log_prob).
 
     It falls exponentially with the length; the composition's factor p̄^k does not depend on it. In nats.
 

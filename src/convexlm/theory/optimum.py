@@ -65,8 +65,8 @@ def optimum(
             the candidates are taken to part at one token, what follows being certain, so T is 1 but for weighting.
         **settings: the named objective's.
 
-    Ties: at k = T (convex) all mixtures of the tied modes are equally good and their even mixture is returned. At k > T,
-    and wherever else a single one must win, the first of the tied is returned and `notes` says so.
+    Ties: at k = T (convex) all mixtures of the tied modes are equally good and their even mixture is returned. At
+    k > T, and wherever else a single one must win, the first of the tied is returned and `notes` says so.
 
     Raises:
         ValueError: no distribution, lengths that do not fit, an unknown objective, or a registered objective whose
@@ -99,9 +99,7 @@ def optimum(
         notes.append("tied candidates share evenly; any other split between them is as good")
     units = 1.0 if chosen.level == "token" else float(all_lengths[held][np.argmax(log_p)])
     if type(chosen) is Power and chosen.k < 1 and -log_p.max() / units < chosen.eps and len(log_p) > 1:
-        notes.append(
-            f"by the formula of power; in training it is a parabola where -m < {chosen.eps:g}, and the mode's m is there"
-        )
+        notes.append(f"power by its formula; in training it is a parabola where -m < {chosen.eps:g}, as at this mode")
     full = np.full(len(d), -np.inf)
     full[held] = log_p
     p = np.exp(full)

@@ -109,15 +109,13 @@ class Problem:
     def is_likelihood(self) -> bool:
         """Whether the objective is maximum likelihood under another name."""
         objective = self.objective
-        return (
-            objective.mle_mix == 1 or type(objective) is Mle or (type(objective) is Power and objective.k == 1)  # type: ignore[attr-defined]
-        )
+        return objective.mle_mix == 1 or type(objective) is Mle or (type(objective) is Power and objective.k == 1)
 
     @property
     def convex_k(self) -> float | None:
         """The k of a pure `convex` objective, whose slope is a power of p_i; else None."""
         objective = self.objective
-        return objective.k if type(objective) is Convex and objective.mle_mix == 0 else None  # type: ignore[attr-defined]
+        return objective.k if type(objective) is Convex and objective.mle_mix == 0 else None
 
     def log_slope(self, log_p: Floats, log_a: Floats, lengths: Floats) -> Floats:
         """The logarithm of the derivative in p_i, elementwise."""
@@ -139,7 +137,7 @@ class Problem:
 
 
 def log_weight(objective: Objective, m: Floats) -> Floats:
-    """log w(m), elementwise for m in (-inf, 0]; for objectives of our own without underflow.
+    """Logarithm of w(m), elementwise for m in (-inf, 0]; for objectives of our own without underflow.
 
     `power` is taken by its formula. In training its value is a parabola where -m < 1e-4, to keep weights finite.
     """
@@ -155,9 +153,7 @@ def log_weight(objective: Objective, m: Floats) -> Floats:
         else:
             weight = _call(objective.weight, m)
             if not (weight >= 0).all():
-                raise ValueError(
-                    f"objective `{objective.name}`: weight(m) is negative or not a number for some m <= 0"
-                )
+                raise ValueError(f"objective `{objective.name}`: weight(m) is negative or no number at some m")
             plain = np.log(weight)
     if objective.mle_mix == 0:
         return plain

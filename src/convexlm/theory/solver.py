@@ -1,8 +1,8 @@
 """The global maximum of a separable problem over the simplex, also where it is not concave.
 
-The slope of one term, as a function of p, falls on a first stretch ("lower branch", where the term is concave) and for
-some objectives rises after it ("upper branch"). At a local maximum at most one candidate lies where its slope rises, or
-moving mass between two such would gain. So there is one problem with every candidate on its lower branch, solved by
+The slope of one term, as a function of p, falls on a first stretch ("lower branch", where the term is concave) and
+for some objectives rises after it ("upper branch"). At a local maximum at most one candidate lies where its slope
+rises, or moving mass between two such would gain. So there is one problem with every candidate on its lower branch, solved by
 bisection on the common slope lambda, and one for each candidate that might lie above, solved by scanning its own p.
 Among candidates of one length the terms differ by a factor only, so by rearrangement just the largest may lie above.
 """
@@ -100,7 +100,7 @@ def _bottom(problem: Problem) -> float:
 
 
 def lower_branch(problem: Problem, log_slope: Floats, ends: Floats) -> Floats:
-    """log p of each candidate (..., n) whose slope, on the lower branch, is exp(log_slope) (..., 1); 0 is p = 1."""
+    """Log-probability of each candidate (..., n) whose slope, on the lower branch, is exp(log_slope) (..., 1); 0 is p = 1."""
     log_a, lengths = problem.log_a, problem.lengths
     shape = np.broadcast_shapes(log_slope.shape, log_a.shape)
     k = problem.convex_k
@@ -164,6 +164,9 @@ def _scan(problem: Problem, ends: Floats, j: int) -> list[Floats]:
         log_p, log_rest = place(logit)
         return np.exp(log_rest).sum(-1) + np.expm1(log_p)
 
+    def shortage(logit: Floats) -> Floats:
+        return -excess(logit)
+
     start = LOWEST
     if ends[j] > LOWEST:
         start = ends[j] - math.log(-math.expm1(ends[j]))
@@ -173,8 +176,8 @@ def _scan(problem: Problem, ends: Floats, j: int) -> list[Floats]:
     corner[j] = 0.0
     found = [corner]
     for i in np.flatnonzero((values[:-1] > 0) != (values[1:] > 0)):
-        sign = 1 if values[i] > 0 else -1
-        low, high = _bracket(lambda x, sign=sign: sign * excess(x), float(grid[i]), float(grid[i + 1]))
+        falling = values[i] > 0
+        low, high = _bracket(excess if falling else shortage, float(grid[i]), float(grid[i + 1]))
         log_p, log_rest = place(np.array([low, high]))
         point = np.empty(len(ends))
         point[j], point[others] = log_p[1], log_rest[1]

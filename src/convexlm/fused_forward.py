@@ -1,0 +1,227 @@
+"""The fused head inside a model's forward: the one place that knows the internals of transformers and TRL it needs.
+
+`add_fused_objective(model)` lets `model(**inputs, labels=..., fused_objective=call)` return the objective's loss and
+statistics in place of logits; without that argument the forward is what it was, so generation and saving are
+unaffected. The head runs inside the forward of the wrapped model and of the head's own module, so that whatever hooks
+DDP, FSDP and DeepSpeed ZeRO-3 put there gather its weight and reduce its gradient as for any other module.
+
+What is relied on, and held to by tests/test_fused_forward.py: `base_model` is the backbone and gives
+`last_hidden_state`; `get_output_embeddings()` is the head; logits are its output times a factor and soft-capped as
+the config says (the same names that TRL reads); experts' load-balancing loss is Mixtral's.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from convexlm.head import FusedOutput, fused_objective
+from convexlm.objectives import IGNORE_INDEX, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The config's names for a factor on the logits, in TRL's order of precedence. `logits_scaling` divides instead, but
+# for one model type.
+FACTOR_NAMES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISOR_NAME, DIVISOR_IS_FACTOR = "logits_scaling", "hyperclovax"
+SOFTCAP_NAME = "final_logit_softcapping"
+
+
+@dataclass
+class FusedModelOutput(ModelOutput):
+    """What a model returns when it is called with `fused_objective`.
+
+    Attributes:
+        loss: the objective's loss, without the experts' loss.
+        statistics: as `FusedOutput.statistics()`; detached 0-d tensors.
+        aux_loss: the experts' load-balancing loss, where router logits were asked for.
+        path: "one-pass" or "recompute".
+    """
+
+    loss: torch.Tensor | None = None
+    statistics: dict[str, torch.Tensor] | None = None
+    aux_loss: torch.Tensor | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCall:
+    """What to do with a batch at the head. Tensors are (batch, length), aligned with `labels` and not shifted.
+
+    Where the model puts virtual tokens before a batch (prompt-learning adapters), the tensors are aligned at its end.
+
+    Attributes:
+        objective: from `get_objective`.
+        normalizer: as `fused_objective` takes it.
+        sequence_ids: which sequence of its row a token belongs to; a row is one sequence if None.
+        sample_weights: each token's record weight, constant within a sequence; any number where the label is -100.
+        recompute: take the recomputing path.
+        chunk_tokens: as `fused_objective` takes it.
+        need_entropy: also sum entropies.
+    """
+
+    objective: Objective
+    normalizer: float | Tensor | None = None
+    sequence_ids: Tensor | None = None
+    sample_weights: Tensor | None = None
+    recompute: bool = False
+    chunk_tokens: int | None = None
+    need_entropy: bool = True
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> FusedOutput:
+        """Loss and statistics of a batch: hidden (batch, length, H), labels (batch, length), weight (V, H)."""
+        if hidden.shape[:2] != labels.shape:
+            raise ValueError(f"labels are {tuple(labels.shape)}, but the backbone gave {tuple(hidden.shape[:2])} states")
+        given = next((x for x in (self.sequence_ids, self.sample_weights) if x is not None), labels)
+        virtual = labels.shape[1] - given.shape[1]
+        labels = labels.to(hidden.device)
+        targets = labels != IGNORE_INDEX
+        targets[:, : 1 + virtual] = False  # the first real token is no target, with virtual tokens before it or not
+        rows, columns = targets.nonzero(as_tuple=True)
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(hidden.device)[rows, columns - virtual]
+
+        ids = pick(self.sequence_ids)
+        if ids is None:
+            ids = rows
+        else:
+            ids = ids.long().unique(return_inverse=True)[1] + rows * (len(rows) + 1)
+        # The state before a target predicts it. index_select's gradient is a plain index_add, with no sorting.
+        states = hidden.flatten(0, 1).index_select(0, rows * labels.shape[1] + columns - 1)
+        return fused_objective(
+            states,
+            weight,
+            labels[rows, columns],
+            ids,
+            self.objective,
+            self.normalizer,
+            bias=bias,
+            sample_weights=pick(self.sample_weights),
+            logit_scale=scale,
+            logit_softcap=softcap,
+            chunk_tokens=self.chunk_tokens,
+            need_entropy=self.need_entropy,
+            recompute=self.recompute,
+        )
+
+
+def add_fused_objective(model: Any) -> None:
+    """Let a causal model of transformers take `fused_objective=HeadCall(...)` with `labels`; see the module.
+
+    Args:
+        model: the model itself, not wrapped by PEFT, DDP or FSDP.
+
+    Raises:
+        ValueError: the model is none whose logits are a linear head on its backbone's states.
+    """
+    _check_model(model)
+    text_config = model.config.get_text_config()
+    scale, softcap = logit_transform(text_config)
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
+    def forward(self: Any, *args: Any, fused_objective: HeadCall | None = None, **kwargs: Any) -> Any:
+        if fused_objective is None:
+            return original(*args, **kwargs)
+        labels = kwargs.pop("labels", None)
+        if labels is None:
+            raise ValueError("`fused_objective` needs `labels`")
+        kwargs["use_cache"] = False
+        if getattr(text_config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        backbone = self.base_model(*args, **kwargs)
+        loss, out = _call_head(self.get_output_embeddings(), fused_objective, backbone[0], labels, scale, softcap)
+        return FusedModelOutput(
+            loss=loss,
+            statistics=out.statistics(),
+            aux_loss=_aux_loss(text_config, backbone, kwargs) if kwargs.get("output_router_logits") else None,
+            path=out.path,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def logit_transform(text_config: Any) -> tuple[float, float | None]:
+    """The factor on a model's projected states and the soft cap on its logits, from its (text) config."""
+    softcap = getattr(text_config, SOFTCAP_NAME, None)
+    for name in FACTOR_NAMES:
+        factor = getattr(text_config, name, None)
+        if factor is not None:
+            return float(factor), softcap
+    divisor = getattr(text_config, DIVISOR_NAME, None)
+    if divisor is None:
+        return 1.0, softcap
+    return (float(divisor) if text_config.model_type == DIVISOR_IS_FACTOR else 1.0 / divisor), softcap
+
+
+def _check_model(model: Any) -> None:
+    kind = type(model).__name__
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(head, "weight"):
+        raise ValueError(f"{kind} has no linear output layer (`get_output_embeddings()`), which the fused head needs")
+    if getattr(model, "base_model", model) is model:
+        raise ValueError(f"{kind} has no backbone under `base_model_prefix`, whose states the fused head needs")
+
+
+@torch.compiler.disable
+def _call_head(
+    head: Any, call: HeadCall, hidden: Tensor, labels: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, FusedOutput]:
+    """Run `call` as the forward of the head's module, so that hooks on the module see to its weight."""
+    # FSDP1's wrapper is a module of its own around the head; its forward must stay.
+    inner = getattr(head, "_fsdp_wrapped_module", head)
+    adapters = [name for name in ("lora_A", "token_adapter") if hasattr(inner, name)]
+    if adapters:
+        raise ValueError(f"an adapter on the output layer (`{adapters[0]}`) is not supported: the fused head skips it")
+    found: list[FusedOutput] = []
+
+    def compute(states: Tensor) -> Tensor:
+        weight, bias = inner.weight, getattr(inner, "bias", None)
+        if weight.device.type == "meta":
+            raise ValueError("the output layer's weight is offloaded; the fused head needs it on a device")
+        if isinstance(weight, torch.distributed.tensor.DTensor):
+            raise ValueError(
+                "the output layer's weight is still sharded inside its own forward (tensor parallelism, or a wrapper "
+                "that FSDP's hooks do not reach); shard the model with FSDP2 as a whole instead"
+            )
+        # With the model split over devices, the backbone may end on another than the head's.
+        found.append(call(states.to(weight.device), labels, weight, bias, scale, softcap))
+        return found[-1].loss
+
+    missing = object()
+    before = inner.__dict__.get("forward", missing)
+    inner.__dict__["forward"] = compute
+    try:
+        loss = head(hidden)
+    finally:
+        if before is missing:
+            del inner.__dict__["forward"]
+        else:
+            inner.__dict__["forward"] = before
+    return loss, found[-1]
+
+
+def _aux_loss(text_config: Any, backbone: Any, kwargs: dict[str, Any]) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(  # type: ignore[no-any-return]
+        backbone.router_logits,
+        text_config.num_experts,
+        text_config.num_experts_per_tok,
+        kwargs.get("attention_mask"),  # None for padding-free rows, where every token counts
+    )

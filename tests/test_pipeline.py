@@ -1,0 +1,299 @@
+"""`convexlm run` on an experiment of a few seconds: run once, run again, and killed at every stage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convexlm import cli
+from convexlm.recipe import load_recipe
+from convexlm.runs import RunFolder, trained_runs
+from pipeline_helpers import call, kill_when, recipe_with, results, snapshot, start, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe, and the run that was never stopped."""
+    home = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(home)
+    done = call(["run", recipe, "--run_dir", "run", "--json"], home)
+    assert done.returncode == 0, done.stderr
+    (home / "result.json").write_text(done.stdout)
+    (home / "stderr.txt").write_text(done.stderr)
+    return home
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to break."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def run_here(home: Path, *words: str) -> None:
+    """`convexlm run` in this process, which has torch in memory already."""
+    with contextlib.chdir(home) if hasattr(contextlib, "chdir") else _chdir(home):
+        assert cli.main(["run", "tiny.yaml", "--run_dir", "run", *words]) == 0
+
+
+@contextlib.contextmanager
+def _chdir(path: Path) -> Any:  # Python 3.10
+    old = Path.cwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(old)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> Any:
+    import signal
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
+
+
+# -- one run
+
+
+def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
+    folder, recipe = RunFolder(finished / "run"), load_recipe(finished / "tiny.yaml")
+    for run in trained_runs(recipe):
+        assert (folder.train(run) / "metrics.jsonl").is_file()
+        assert json.loads((folder.train(run) / "done.json").read_text())["records"] == 200
+        steps = [10] if run.arm == "base" else [3, 6]
+        assert sorted(path.name for path in folder.train(run).glob("checkpoint-*")) == [
+            f"checkpoint-{step}" for step in steps
+        ]
+    decoded = sorted(path for path in (finished / "run" / "decode").rglob("*.jsonl"))
+    assert len(decoded) == 2 * 2 * 2 * 2 * 2
+    for path in decoded:
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        assert [row["id"] for row in rows] == [str(number) for number in range(6)]
+        assert path.with_suffix(".meta.json").is_file()
+    assert folder.report.is_file() and "<html" in folder.report.read_text()
+    assert not list((finished / "run").rglob("*.part")) and not list((finished / "run").rglob("*.tmp"))
+
+
+def test_the_result_is_one_json_object_and_the_stages_are_told(finished: Path) -> None:
+    out, err = (finished / "result.json").read_text(), (finished / "stderr.txt").read_text()
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert result["run_dir"] == "run" and result["report"] == "run/report.html"
+    assert result["comparison"] == json.loads((finished / "run" / "comparison.json").read_text())
+    for stage in ("[1/5] data", "[2/5] train base.seed1", "[3/5] decode mle.seed1", "[4/5] score", "[5/5] report"):
+        assert stage in err
+    assert "Traceback" not in err and "Warning" not in err
+
+
+def test_every_combination_is_scored_once(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "run" / "scores.jsonl").read_text().split("\n")[:-1]]
+    keys = [(r["arm"], r["seed"], r["checkpoint"], r["test_set"], r["pair"], r["search"], r["metric"]) for r in rows]
+    assert len(set(keys)) == len(keys) == 32 * 4
+    assert {row["metric"] for row in rows} == {"bleu", "chrf", "mode_share", "valid_share"}
+    for row in rows:
+        if row["metric"] == "bleu":
+            assert f"tok:{'zh' if row['pair'] == 'en-zh' else '13a'}" in row["signature"]
+
+
+def test_arms_start_from_where_the_other_ended(finished: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    def weights(run: str, step: int) -> torch.Tensor:
+        return load_file(finished / f"run/train/{run}/checkpoint-{step}/model.safetensors")["model.norm.weight"]
+
+    base = weights("base.seed1", 10)
+    for arm in ("mle", "convex"):
+        # Far nearer to their start than the start is to a new model's ones.
+        assert 0 < (weights(f"{arm}.seed1", 3) - base).abs().max() < 0.1
+    assert not torch.equal(weights("base.seed1", 10), weights("base.seed2", 10))
+    assert not torch.equal(weights("mle.seed1", 6), weights("convex.seed1", 6))
+
+
+def test_a_second_run_does_nothing(copied: Path, finished: Path) -> None:
+    before = snapshot(copied / "run")
+    done = call(["run", "tiny.yaml", "--run_dir", "run", "--json"], copied)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(copied / "run") == before
+    first, again = json.loads((finished / "result.json").read_text()), json.loads(done.stdout)
+    assert first.pop("seconds") > again.pop("seconds")
+    assert first == again
+    assert done.stderr.count(": done") == 6 + 8
+
+
+def test_another_working_folder_and_a_moved_run_are_the_same_run(copied: Path) -> None:
+    before = snapshot(copied / "run")
+    (copied / "run").rename(copied / "moved")
+    with _chdir(copied.parent):
+        assert cli.main(["run", str(copied / "tiny.yaml"), "--run_dir", str(copied / "moved")]) == 0
+    after = snapshot(copied / "moved")
+    assert {name: stamp for name, stamp in after.items() if name != "report.html"} == {
+        name: stamp for name, stamp in before.items() if name != "report.html"
+    }
+
+
+def test_the_same_seeds_give_the_same_scores(finished: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    run_here(tmp_path)
+    assert results(tmp_path / "run") == results(finished / "run")
+
+
+# -- killed, and run again
+
+
+def test_killed_while_data_is_written(finished: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
+    kill_when(process, (tmp_path / "run" / "data").is_dir)
+    assert not (tmp_path / "run" / "train").is_dir()
+    run_here(tmp_path)
+    assert results(tmp_path / "run") == results(finished / "run")
+
+
+def test_killed_between_the_pieces_of_data(copied: Path, finished: Path) -> None:
+    for name in ("train", "decode"):
+        shutil.rmtree(copied / "run" / name)
+    for name in ("scores.jsonl", "comparison.json", "report.html"):
+        (copied / "run" / name).unlink()
+    data = copied / "run" / "data"
+    (data / "tokenizer").rename(data / ".tokenizer")  # killed before the tokenizer had its name
+    (data / ".tokenizer" / "tokenizer.json").write_text("{")
+    (data / ".train.jsonl.abc.tmp").write_text('{"instr')
+    (data / "model" / "config.json").unlink()
+    run_here(copied)
+    assert results(copied / "run") == results(finished / "run")
+
+
+def test_killed_in_training_after_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
+    train = tmp_path / "run" / "train" / "mle.seed1"
+    kill_when(process, (train / "checkpoint-3" / "convexlm.json").is_file)
+    assert not (train / "done.json").exists()
+    done = call(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[2/5] train base.seed1 (1 of 6): done" in done.stderr
+    assert "mle.seed1: going on from checkpoint-" in done.stderr
+    assert results(tmp_path / "run") == results(finished / "run")
+    steps = [json.loads(line)["step"] for line in (train / "metrics.jsonl").read_text().split("\n")[:-1]]
+    assert steps == [2, 4, 6]
+
+
+def forget(home: Path, *names: str) -> None:
+    """Take away what comes after a stage."""
+    for name in ("scores.jsonl", "comparison.json", "report.html", *names):
+        path = home / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_killed_in_the_middle_of_saving(copied: Path, finished: Path) -> None:
+    train = copied / "run" / "train" / "mle.seed1"
+    forget(copied, "decode", "train/mle.seed1/done.json")
+    (train / "checkpoint-6" / "convexlm.json").unlink()
+    (train / "checkpoint-6" / "model.safetensors").write_bytes(b"half of it")
+    lines = (train / "metrics.jsonl").read_text()
+    (train / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
+    run_here(copied)
+    assert results(copied / "run") == results(finished / "run")
+    assert (train / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_killed_between_the_last_checkpoint_and_the_note_that_training_is_done(copied: Path, finished: Path) -> None:
+    forget(copied, "decode", "train/mle.seed1/done.json", "train/base.seed2/done.json")
+    run_here(copied)
+    train = copied / "run" / "train"
+    assert sorted(path.name for path in train.glob("*/checkpoint-*")) == sorted(
+        path.name for path in (finished / "run" / "train").glob("*/checkpoint-*")
+    )
+    assert results(copied / "run") == results(finished / "run")
+
+
+def test_killed_while_decoding(finished: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    forget(tmp_path, "decode")
+    process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
+    decode = tmp_path / "run" / "decode"
+    kill_when(process, lambda: len(list(decode.glob("*/*/*.jsonl"))) > 1 and list(decode.glob("*/*/*.part")))
+    run_here(tmp_path)
+    assert not list(decode.rglob("*.part"))
+    assert results(tmp_path / "run") == results(finished / "run")
+
+
+def test_killed_in_the_middle_of_a_decode_file(copied: Path, finished: Path) -> None:
+    """A part file of one batch and a torn line is gone on with; a torn header is begun again."""
+    forget(copied)
+    where = copied / "run" / "decode" / "mle.seed1" / "checkpoint-6"
+    whole = where / "toy.en-de.beam2.jsonl"
+    before = whole.read_bytes()
+    whole.with_suffix(".meta.json").unlink()
+    whole.unlink()
+    process = start(["run", "tiny.yaml", "--run_dir", "run"], copied)
+    part = where / (whole.name + ".part")
+    kill_when(process, lambda: (part.exists() and part.read_bytes().count(b"\n") > 1) or whole.exists())
+    if part.exists():
+        part.write_bytes(part.read_bytes()[:-7])
+    run_here(copied)
+    assert whole.read_bytes() == before
+    assert results(copied / "run") == results(finished / "run")
+
+
+@pytest.mark.parametrize("lost", ["scores.jsonl", "comparison.json", "report.html", "data/references.jsonl"])
+def test_killed_while_scoring_and_reporting(copied: Path, finished: Path, lost: str) -> None:
+    """Every file of the last stages is written whole, so a kill shows as the one or the other missing."""
+    (copied / "run" / lost).unlink()
+    (copied / "run" / f".{Path(lost).name}.x.tmp").write_text("half")
+    run_here(copied)
+    assert results(copied / "run") == results(finished / "run")
+    assert (copied / "run" / lost).read_bytes() == (finished / "run" / lost).read_bytes() or lost == "scores.jsonl"
+
+
+# -- what a finished run does not take for its own
+
+
+def test_data_that_changed_under_a_finished_run_is_refused(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = copied / "run" / "data" / "train.jsonl"
+    data.write_text(data.read_text().split("\n", 1)[1])
+    before = snapshot(copied / "run" / "train")
+    with _chdir(copied):
+        assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
+    assert "trained on other data" in capfd.readouterr().err
+    assert snapshot(copied / "run" / "train") == before
+
+
+def test_a_second_run_at_the_same_time_is_refused(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    with (copied / "run" / ".lock").open() as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with _chdir(copied):
+            assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
+    err = capfd.readouterr().err
+    assert err == "convexlm run: error: run: another `convexlm run` is at work here\n"
+
+
+def test_a_run_trained_on_many_processes_is_done_on_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a global batch was shared is no part of what was trained."""
+    from convexlm.pipeline import _training_identity, train_options
+
+    recipe = load_recipe(write_recipe(tmp_path, recipe_with(train__global_batch_size=32)))
+    folder = RunFolder(finished / "run")
+    run = trained_runs(recipe)[0]
+    alone = _training_identity(train_options(recipe, folder, run), folder)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert _training_identity(train_options(recipe, folder, run), folder) == alone

@@ -1,0 +1,105 @@
+"""The README's commands, example and links, held to what is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from convexlm.cli import VERBS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    """The fenced blocks of a page that are marked with `language`."""
+    found, fence = [], None
+    for line in text.splitlines(keepends=True):
+        if not line.startswith("```"):
+            if fence is not None:
+                fence[1].append(line)
+        elif fence is None:
+            fence = (line[3:].strip(), [])
+        else:
+            found.append(fence)
+            fence = None
+    return ["".join(lines) for name, lines in found if name == language]
+
+
+COMMANDS = [line for block in blocks(README) for line in block.splitlines() if line.startswith("convexlm ")]
+
+
+def test_the_two_make_commands_are_targets():
+    commands = [line.split("#")[0].split() for line in blocks(README)[0].splitlines()]
+    assert commands == [["make", "demo"], ["make", "test"]]
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for command in commands:
+        done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "convexlm demo" in subprocess.run(
+        ["make", "demo", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_verbs_and_options_that_exist(command, capsys):
+    verb = command.split()[1]
+    assert verb in VERBS
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    usage = capsys.readouterr().out
+    for option in re.findall(r"--\w+", command):
+        assert option in usage, f"`convexlm {verb}` has no {option}"
+
+
+def test_every_verb_is_in_the_readme():
+    named = {command.split()[1] for command in COMMANDS}
+    assert set(VERBS) - named <= {"demo", "diagnose", "export"}
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_links_lead_somewhere(text):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_trl_example_trains(tmp_path, monkeypatch, tiny_llama):
+    """The example as it stands, with the hub's model and data set replaced by small local ones."""
+    import datasets
+
+    model_path = tiny_llama
+    rows = [{"prompt": f"say {word}", "completion": f" {word} {word}"} for word in ("one", "two", "three", "four")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+    (example,) = blocks(README, "python")[:1]
+    assert len(example.splitlines()) <= 10
+    example = example.replace('"Qwen/Qwen3-0.6B"', repr(str(model_path)))
+    example = example.replace('output_dir="out"', f"output_dir={str(tmp_path / 'out')!r}, max_steps=2, report_to='none'")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec(compile(example, "README", "exec"), namespace)
+    assert namespace["trainer"].state.global_step == 2
+
+
+def test_the_objective_of_contributing_is_found_by_name(tmp_path):
+    from convexlm import get_objective
+    from convexlm.plugins import load_plugins
+
+    (source,) = [block for block in blocks(CONTRIBUTING, "python") if "@register_objective" in block]
+    assert len([line for line in source.splitlines() if line.strip()]) < 15
+    plugin = tmp_path / "my_objectives.py"
+    plugin.write_text(source.replace('"reciprocal"', '"reciprocal_of_contributing"'), encoding="utf-8")
+    load_plugins([str(plugin)])
+    import torch
+
+    objective = get_objective("reciprocal_of_contributing", scale=2.0)
+    m = torch.tensor([-2.0, -0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    objective.value(m).sum().backward()
+    assert torch.allclose(-m.grad, objective.weight(m.detach()))
+    assert objective.value(torch.zeros(())) == 0

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from convexlm.report.svg import spread, ticks
+from convexlm.report.text import script_json, visible
+
+
+def test_script_json_and_visible() -> None:
+    value = {"a": "</script>&\u2028\ud800\x00", "b": [math.nan, 1.5, None]}
+    text = script_json(value)
+    assert not re.search("[<>&\u2028\ud800\x00]", text)
+    assert json.loads(text) == value | {"b": [None, 1.5, None]}
+    assert visible("a\u202eb\x00c\ud800") == "a⟨U+202E⟩b⟨U+0000⟩c⟨U+D800⟩"
+    assert visible("plain 中文\n\ttext 🙂") == "plain 中文\n\ttext 🙂"
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == [0.0, 0.5, 1.0]
+    assert ticks(-0.3, 0.3) == pytest.approx([-0.2, 0.0, 0.2])
+    for low, high in ((3.1, 97.2), (-1e-4, 2e-4), (1e6, 3e6)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6
+        assert all(low <= mark <= high * (1 + 1e-9) for mark in found)
+    assert ticks(2, 2) == [2]
+
+
+def test_labels_keep_apart() -> None:
+    placed = spread([10, 10, 11, 90], 12, 0, 100)
+    ordered = sorted(placed)
+    assert all(b - a >= 12 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(0 <= value <= 100 for value in spread([100, 100, 100], 12, 0, 100))
