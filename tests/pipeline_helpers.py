@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
         "gradient_checkpointing": False,
     },
     "arms": {
-        "base": {"objective": "mle", "max_steps": 10, "save_steps": 10, "decode": False},
+        "base": {"objective": "mle", "max_steps": 60, "save_steps": 60, "decode": False},
         "mle": {"objective": "mle", "init_from": "base"},
         "convex": {"objective": "convex", "k": 1.0, "init_from": "base"},
     },

@@ -104,7 +104,12 @@ def reference_generate(checkpoint: Path, ids: list[int], options: dict[str, Any]
 
 
 @pytest.mark.parametrize("options", SEARCHES, ids=str)
-def test_batches_give_what_transformers_gives_for_each_prompt_alone(checkpoint: Path, tmp_path: Path, options: dict):
+@pytest.mark.parametrize("loops", ["ours", "generate"])
+def test_batches_give_what_transformers_gives_for_each_prompt_alone(
+    checkpoint: Path, tmp_path: Path, options: dict, loops: str, monkeypatch: pytest.MonkeyPatch
+):
+    if loops == "generate":
+        monkeypatch.setattr("convexlm.decoding.generation.why_not", lambda model: "for the test")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -145,7 +150,8 @@ def test_scoring_in_pieces_changes_nothing(checkpoint: Path, tmp_path: Path, mon
     from convexlm.decoding.backends.hf import HuggingFaceBackend
 
     whole = make_job(tmp_path / "whole.jsonl", max_new_tokens=20)
-    decode_jobs(checkpoint, [whole], device="cpu")
+    decode_jobs(checkpoint, [whole], device="cpu")  # by our own loop, without a scoring pass
+    monkeypatch.setattr("convexlm.decoding.generation.why_not", lambda model: "for the test")
     original, calls = HuggingFaceBackend._score_rows, []
 
     def score_rows(self: Any, prompts: Any, answers: Any) -> Any:
@@ -306,7 +312,7 @@ def test_the_hash_covers_what_changes_answers_only(tmp_path: Path):
 
 def test_unknown_names_are_refused(tmp_path: Path):
     job = make_job(tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: echo, hf"):
+    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: ctranslate2, echo, hf, vllm"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], backend="nope")
     with pytest.raises(UserError, match="unknown dtype `int3`"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], device="cpu", dtype="int3")

@@ -187,7 +187,9 @@ def test_ignored_labels_take_no_part():
 def test_nothing_to_learn_is_a_zero_with_a_graph(lengths, dtype):
     tensors, labels, ids = batch(dtype, lengths, bias=True)
     labels = torch.full_like(labels, -100)
-    out = fused_objective(tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"], bias=tensors["bias"])
+    out = fused_objective(
+        tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"], bias=tensors["bias"]
+    )
     assert out.loss == 0
     out.loss.backward()
     for x in tensors.values():
@@ -295,7 +297,9 @@ def test_the_loss_may_be_scaled_added_and_used_again(dtype):
     once = grads(run())
     for loss in (run() * 3, run() + 2 * run(), (lambda x: x + x + x)(run())):
         for got, wanted in zip(grads(loss), once, strict=True):
-            torch.testing.assert_close(got.float(), 3 * wanted.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                got.float(), 3 * wanted.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+            )
     loss = run()
     first = [x.clone() for x in grads(loss, retain_graph=True)]
     run()  # another batch in between overwrites the working buffers, not what was saved

@@ -73,7 +73,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     for run in trained_runs(recipe):
         assert (folder.train(run) / "metrics.jsonl").is_file()
         assert json.loads((folder.train(run) / "done.json").read_text())["records"] == 200
-        steps = [10] if run.arm == "base" else [3, 6]
+        steps = [60] if run.arm == "base" else [3, 6]
         assert sorted(path.name for path in folder.train(run).glob("checkpoint-*")) == [
             f"checkpoint-{step}" for step in steps
         ]
@@ -115,11 +115,11 @@ def test_arms_start_from_where_the_other_ended(finished: Path) -> None:
     def weights(run: str, step: int) -> torch.Tensor:
         return load_file(finished / f"run/train/{run}/checkpoint-{step}/model.safetensors")["model.norm.weight"]
 
-    base = weights("base.seed1", 10)
+    base = weights("base.seed1", 60)
     for arm in ("mle", "convex"):
         # Far nearer to their start than the start is to a new model's ones.
         assert 0 < (weights(f"{arm}.seed1", 3) - base).abs().max() < 0.1
-    assert not torch.equal(weights("base.seed1", 10), weights("base.seed2", 10))
+    assert not torch.equal(weights("base.seed1", 60), weights("base.seed2", 60))
     assert not torch.equal(weights("mle.seed1", 6), weights("convex.seed1", 6))
 
 
@@ -145,16 +145,11 @@ def test_another_working_folder_and_a_moved_run_are_the_same_run(copied: Path) -
     }
 
 
-def test_the_same_seeds_give_the_same_scores(finished: Path, tmp_path: Path) -> None:
-    write_recipe(tmp_path)
-    run_here(tmp_path)
-    assert results(tmp_path / "run") == results(finished / "run")
-
-
 # -- killed, and run again
 
 
 def test_killed_while_data_is_written(finished: Path, tmp_path: Path) -> None:
+    """What follows is a whole run in another process, so this is also the test that seeds give the same scores."""
     write_recipe(tmp_path)
     process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
     kill_when(process, (tmp_path / "run" / "data").is_dir)
@@ -177,16 +172,18 @@ def test_killed_between_the_pieces_of_data(copied: Path, finished: Path) -> None
     assert results(copied / "run") == results(finished / "run")
 
 
-def test_killed_in_training_after_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_killed_in_training_after_a_checkpoint(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_recipe(tmp_path)
     process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
     train = tmp_path / "run" / "train" / "mle.seed1"
     kill_when(process, (train / "checkpoint-3" / "convexlm.json").is_file)
     assert not (train / "done.json").exists()
-    done = call(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "[2/5] train base.seed1 (1 of 6): done" in done.stderr
-    assert "mle.seed1: going on from checkpoint-" in done.stderr
+    run_here(tmp_path)
+    err = capfd.readouterr().err
+    assert "[2/5] train base.seed1 (1 of 6): done" in err
+    assert "mle.seed1: going on from checkpoint-" in err
     assert results(tmp_path / "run") == results(finished / "run")
     steps = [json.loads(line)["step"] for line in (train / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert steps == [2, 4, 6]
@@ -258,7 +255,7 @@ def test_killed_while_scoring_and_reporting(copied: Path, finished: Path, lost: 
     (copied / "run" / f".{Path(lost).name}.x.tmp").write_text("half")
     run_here(copied)
     assert results(copied / "run") == results(finished / "run")
-    assert (copied / "run" / lost).read_bytes() == (finished / "run" / lost).read_bytes() or lost == "scores.jsonl"
+    assert lost == "scores.jsonl" or (copied / "run" / lost).read_bytes() == (finished / "run" / lost).read_bytes()
 
 
 # -- what a finished run does not take for its own

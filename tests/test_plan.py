@@ -197,7 +197,7 @@ def test_options_of_a_run_come_from_the_arm_over_the_recipe(tmp_path: Path) -> N
     recipe, folder = load(tmp_path, data__template="alpaca"), RunFolder(tmp_path / "run")
     base, mle, convex = trained_runs(recipe)[:3]
     options = train_options(recipe, folder, base)
-    assert (options["max_steps"], options["seed"], options["template"]) == (10, 1, "alpaca")
+    assert (options["max_steps"], options["seed"], options["template"]) == (60, 1, "alpaca")
     assert options["config_name"] == str(tmp_path / "run/data/model")
     assert options["tokenizer_name"] == str(tmp_path / "run/data/tokenizer")
     options = train_options(recipe, folder, convex)

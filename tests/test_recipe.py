@@ -33,7 +33,7 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
     assert recipe.compare == {"n_samples": 50, "seed": 12345, "baseline": "mle"}
     assert recipe.arm("convex").init_from == "base"
     assert recipe.arm("convex").train["k"] == 1.0
-    assert recipe.arm("base").train["max_steps"] == 10 and recipe.arm("mle").train["max_steps"] == 6
+    assert recipe.arm("base").train["max_steps"] == 60 and recipe.arm("mle").train["max_steps"] == 6
     assert not recipe.arm("base").decode
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from convexlm.report.svg import spread, ticks
-from convexlm.report.text import script_json, visible
+from convexlm.report.text import delta_text, script_json, visible
 
 
 def test_script_json_and_visible() -> None:
@@ -34,3 +34,10 @@ def test_labels_keep_apart() -> None:
     ordered = sorted(placed)
     assert all(b - a >= 12 for a, b in zip(ordered, ordered[1:], strict=False))
     assert all(0 <= value <= 100 for value in spread([100, 100, 100], 12, 0, 100))
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
+    assert delta_text(-0.001, "bleu") == delta_text(0.0, "bleu") == "0.00"
+    assert delta_text(-0.01, "bleu") == "−0.01"
+    assert delta_text(0.633, "mode_share") == "+63.3"
+    assert delta_text(None, "bleu") == delta_text(math.nan, "bleu") == "–"

@@ -56,6 +56,17 @@ class ConvexConfig(SFTConfig):
         default=None,
         metadata={"help": "Further settings of a registered objective, as JSON: '{\"temperature\": 2.0}'."},
     )
+    head: str = field(
+        default="fused",
+        metadata={
+            "help": "`fused`: gradients formed while a chunk's logits are at hand; `recompute`: in a second pass over "
+            "the logits, slower. The result is the same up to rounding."
+        },
+    )
+    head_chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Target tokens whose logits may exist at a time; by default from vocabulary and memory."},
+    )
     padding_side: str = field(
         default="right",
         metadata={"help": "Side on which rows of a batch are padded, `right` or `left`; the loss is the same."},
@@ -69,6 +80,10 @@ class ConvexConfig(SFTConfig):
         self.build_objective()
         if not 0.0 <= self.k_warmup <= 1.0:
             raise ValueError(f"`k_warmup` is a share of the training steps, from 0 to 1, not {self.k_warmup}")
+        if self.head not in ("fused", "recompute"):
+            raise ValueError(f"`head` is `fused` or `recompute`, not `{self.head}`")
+        if self.head_chunk_tokens is not None and self.head_chunk_tokens < 1:
+            raise ValueError(f"`head_chunk_tokens` must be at least 1, not {self.head_chunk_tokens}")
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is `left` or `right`, not `{self.padding_side}`")
 

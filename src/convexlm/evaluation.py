@@ -214,6 +214,10 @@ def _one_score(entry: Decoded, metric: str) -> float:
     return scorer.score(entry.hypotheses, label=str(entry.path))[0].score
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _by_seed(seeds: list[int], scores: list[float]) -> dict[str, float]:
     """The mean over corpora of each training seed, for the spread between seeds."""
     out = {}
@@ -227,9 +231,16 @@ def _measures_of(
     search: str, groups: list[dict[str, Decoded]], arms: list[str], settings: dict[str, int]
 ) -> list[dict[str, Any]]:
     truths = [{arm: _truth(group[arm]) for arm in arms} for group in groups]
-    if len(arms) < 2 or not all(truth[arms[0]] for truth in truths):
+    if not all(truth[arms[0]] for truth in truths):
         return []
     seeds = [next(iter(group.values())).run.seed for group in groups]
+    if len(arms) == 1:
+        shares = {m: [_mean(truth[arms[0]][m]) for truth in truths] for m in MEASURES}
+        return [
+            {"search": search, "metric": measure, "arm": arms[0], "score": _mean(means)}
+            | {"by_seed": _by_seed(seeds, means), "delta": None, "p_value": None, "p_two_sided": None}
+            for measure, means in shares.items()
+        ]
     labels = [_corpus(group).group for group in groups]
     rows = []
     for measure in MEASURES:

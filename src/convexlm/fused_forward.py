@@ -13,6 +13,7 @@ the config says (the same names that TRL reads); experts' load-balancing loss is
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,9 @@ class HeadCall:
     ) -> FusedOutput:
         """Loss and statistics of a batch: hidden (batch, length, H), labels (batch, length), weight (V, H)."""
         if hidden.shape[:2] != labels.shape:
-            raise ValueError(f"labels are {tuple(labels.shape)}, but the backbone gave {tuple(hidden.shape[:2])} states")
+            raise ValueError(
+                f"labels are {tuple(labels.shape)}, but the backbone gave {tuple(hidden.shape[:2])} states"
+            )
         given = next((x for x in (self.sequence_ids, self.sample_weights) if x is not None), labels)
         virtual = labels.shape[1] - given.shape[1]
         labels = labels.to(hidden.device)
@@ -145,7 +148,8 @@ def add_fused_objective(model: Any) -> None:
         if getattr(text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         backbone = self.base_model(*args, **kwargs)
-        loss, out = _call_head(self.get_output_embeddings(), fused_objective, backbone[0], labels, scale, softcap)
+        states, head = backbone.last_hidden_state, self.get_output_embeddings()
+        loss, out = _call_head(head, fused_objective, states, labels, scale, softcap)
         return FusedModelOutput(
             loss=loss,
             statistics=out.statistics(),
@@ -185,16 +189,18 @@ def _call_head(
     """Run `call` as the forward of the head's module, so that hooks on the module see to its weight."""
     # FSDP1's wrapper is a module of its own around the head; its forward must stay.
     inner = getattr(head, "_fsdp_wrapped_module", head)
-    adapters = [name for name in ("lora_A", "token_adapter") if hasattr(inner, name)]
-    if adapters:
-        raise ValueError(f"an adapter on the output layer (`{adapters[0]}`) is not supported: the fused head skips it")
+    if _is_adapter(inner):
+        raise ValueError(
+            f"an adapter on the output layer ({type(inner).__name__}) is not supported: the fused head multiplies by "
+            "its weight and would skip it; use `modules_to_save` to train the layer itself"
+        )
     found: list[FusedOutput] = []
 
     def compute(states: Tensor) -> Tensor:
         weight, bias = inner.weight, getattr(inner, "bias", None)
         if weight.device.type == "meta":
             raise ValueError("the output layer's weight is offloaded; the fused head needs it on a device")
-        if isinstance(weight, torch.distributed.tensor.DTensor):
+        if _is_sharded(weight):
             raise ValueError(
                 "the output layer's weight is still sharded inside its own forward (tensor parallelism, or a wrapper "
                 "that FSDP's hooks do not reach); shard the model with FSDP2 as a whole instead"
@@ -214,6 +220,16 @@ def _call_head(
         else:
             inner.__dict__["forward"] = before
     return loss, found[-1]
+
+
+def _is_adapter(module: Any) -> bool:
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    return peft_layers is not None and isinstance(module, peft_layers.BaseTunerLayer)
+
+
+def _is_sharded(weight: Any) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(weight, tensors.DTensor)
 
 
 def _aux_loss(text_config: Any, backbone: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -129,7 +129,9 @@ def fused_objective(
     )
     kept, vocabulary = pass_.labels, lm_head_weight.shape[0]
     if len(kept) and not (0 <= int(kept.min()) and int(kept.max()) < vocabulary):
-        raise ValueError(f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}")
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}"
+        )
     loss = _fused(take(hidden), lm_head_weight, bias, pass_)
     return pass_.output(loss, mask, places)
 

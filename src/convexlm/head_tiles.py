@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 _CPU_ROWS_BYTES, _GPU_ROWS_BYTES = 4 * 2**20, 256 * 2**20
-_CPU_TILE = 512  # rows of a weight gradient that are formed at a time in half precision, so that they stay in the cache
+_CPU_TILE = (
+    512  # rows of a weight gradient that are formed at a time in half precision, so that they stay in the cache
+)
 _WORTH_IT = 1.3
 
 

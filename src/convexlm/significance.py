@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+LEVEL = 0.05  # of significance
 DEFAULT_SAMPLES = {"bs": 1000, "ar": 10000}  # sacreBLEU's own
 
 
@@ -337,3 +338,15 @@ def _check_samples(n_samples: int) -> int:
     if n_samples < 1:
         raise UserError(f"the number of resamples must be at least 1, it is {n_samples}")
     return n_samples
+
+
+def is_sure(row: Mapping[str, Any]) -> bool:
+    """Whether a row's difference from the baseline is more than chance.
+
+    Its interval leaves out zero, and every p-value that it has, corrected ones included, is below 0.05.
+    """
+    delta, low, high = (row.get(key) for key in ("delta", "delta_low", "delta_high"))
+    if delta is None or low is None or high is None:
+        return False
+    known = [row[key] for key in ("p_value", "p_two_sided", "p_holm") if row.get(key) is not None]
+    return bool(known) and max(known) < LEVEL and low * high > 0

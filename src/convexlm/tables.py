@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from convexlm.significance import is_sure
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,6 @@ TITLES = {
     "valid_share": "valid",
 }
 SHARES = ("mode_share", "valid_share")
-SURE = 0.05
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
@@ -80,7 +81,7 @@ def conclusions(comparison: dict[str, Any]) -> list[str]:
         best = max(rows, key=lambda row: sign * row["delta"])
         title = TITLES.get(metric, metric)
         by = f"{abs(best['delta']):.2f} {title} (p = {best['p_two_sided']:.3f})"
-        if best["p_two_sided"] >= SURE:
+        if not is_sure(best):
             said.append(f"{search}: no arm differs from {baseline} beyond chance; nearest is {best['arm']}, by {by}")
         elif sign * best["delta"] > 0:
             said.append(f"{search}: {best['arm']} is ahead of {baseline} by {by}")
@@ -111,4 +112,4 @@ def _delta(row: dict[str, Any]) -> str:
 def _p(row: dict[str, Any]) -> str:
     if row.get("p_two_sided") is None:
         return ""
-    return f"{row['p_two_sided']:.3f}" + ("*" if row["p_two_sided"] < SURE else "")
+    return f"{row['p_two_sided']:.3f}" + ("*" if is_sure(row) else "")

@@ -1,9 +1,8 @@
 """`ConvexTrainer`: TRL's `SFTTrainer` with an objective, exact however the batch is split.
 
-What is TRL's stays TRL's: data preparation, packing, PEFT, the chunked LM head that yields the target tokens'
-log-probabilities without holding the logits. What differs is here: the loss is an objective of them, its normaliser
-is counted over the whole global batch (micro-batches and ranks), records may carry a `weight`, and the
-statistics that are logged are sums over the same batch.
+What is TRL's stays TRL's: data preparation, packing, PEFT. What differs is here: the loss is an objective, computed by
+the fused head without holding the logits, its normaliser is counted over the whole global batch (micro-batches and
+ranks), records may carry a `weight`, and the statistics that are logged are sums over the same batch.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer, pack_dataset
 
 from convexlm.collator import ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
+from convexlm.fused_forward import HeadCall, add_fused_objective
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
 from convexlm.refusals import refuse_what_cannot_be_honoured
 
@@ -75,6 +76,7 @@ class ConvexTrainer(SFTTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_side=args.padding_side,
             )
+        add_fused_objective(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         # Both print to stdout, which belongs to results.
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm and any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -205,23 +207,8 @@ class ConvexTrainer(SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, fused_lm_head=True)
-        mask, log_probs = outputs.label_mask, outputs.log_probs
-        sequence_ids = inputs["seq_idx"][:, 1:] if "seq_idx" in inputs else None
-        sample_weights = None
-        if token_weights is not None:
-            token_weights = token_weights[:, 1:]
-            sample_weights = token_weights
-            if self._wraps(mode):
-                # A row holds pieces of several records and nobody knows where one ends; `wrapped` is allowed only
-                # where a loss is a sum over tokens, so each token may stand for itself.
-                sequence_ids = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-            elif sequence_ids is None:
-                sample_weights = token_weights.amax(dim=1)  # constant within a row but for its padding, which is 0
-        out = self._objective_now()(
-            log_probs, mask, sequence_ids=sequence_ids, normalizer=num_items_in_batch, sample_weights=sample_weights
-        )
-        loss = out.loss
+        outputs = model(**inputs, fused_objective=self._head_call(mode, inputs, token_weights, num_items_in_batch))
+        loss = outputs.loss
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks; this loss is a part of a sum.
             loss = loss * self.accelerator.num_processes
@@ -230,11 +217,30 @@ class ConvexTrainer(SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
-        self._keep_statistics(mode, out, outputs, mask if token_weights is None else token_weights * mask)
+        kept = self._statistics[mode]
+        self._statistics[mode] = outputs.statistics if kept is None else merge_statistics(kept, outputs.statistics)
         if not return_outputs:
             return loss
         with torch.no_grad():
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
+
+    def _head_call(
+        self, mode: str, inputs: dict[str, Any], token_weights: Tensor | None, normalizer: Tensor | int | None
+    ) -> HeadCall:
+        sequence_ids = inputs.get("seq_idx")
+        if token_weights is not None and self._wraps(mode):
+            # A row holds pieces of several records and nobody knows where one ends; `wrapped` is allowed only
+            # where a loss is a sum over tokens, so each token may stand for itself.
+            labels = inputs["labels"]
+            sequence_ids = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+        return HeadCall(
+            self._objective_now(),
+            normalizer,
+            sequence_ids,
+            token_weights,
+            recompute=self.args.head == "recompute",
+            chunk_tokens=self.args.head_chunk_tokens,
+        )
 
     def _objective_now(self) -> Objective:
         warmup_steps = self.args.k_warmup * self.state.max_steps
@@ -248,15 +254,6 @@ class ConvexTrainer(SFTTrainer):
         return packs and args.packing_strategy == "wrapped"
 
     # -- what a user watches ------------------------------------------------------------------------------------------
-
-    def _keep_statistics(self, mode: str, out: Any, outputs: Any, counts: Tensor) -> None:
-        """Add a micro-batch's sums; `counts` says how often each token counts: its record's weight, 0 if masked."""
-        statistics = out.statistics()
-        counts = counts.to(statistics["tokens"])
-        statistics["correct"] = (outputs.is_top1 * counts).sum()
-        statistics["entropy_sum"] = (outputs.entropy.detach().to(counts) * counts).sum()
-        kept = self._statistics[mode]
-        self._statistics[mode] = statistics if kept is None else merge_statistics(kept, statistics)
 
     def _take_statistics(self, mode: str) -> dict[str, float]:
         """The statistics since the last call, over all ranks, as what is logged; empty if there were none."""

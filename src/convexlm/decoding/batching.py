@@ -46,6 +46,16 @@ def plan_batches(
     return batches
 
 
+def common_head(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens that all prompts begin with; at least the last token of each is left out."""
+    first, last = min(prompts), max(prompts)  # all share what the first and the last in order share
+    most = min(map(len, prompts)) - 1
+    length = 0
+    while length < most and first[length] == last[length]:
+        length += 1
+    return first[:length]
+
+
 class Splitter:
     """Runs batches, in halves from the moment memory runs out, and remembers the size that fitted.
 

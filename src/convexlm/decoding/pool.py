@@ -13,7 +13,6 @@ import queue
 import subprocess
 import sys
 import threading
-from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,17 @@ if TYPE_CHECKING:
 
 DEATHS_OF_A_BATCH = 2
 """A batch on which so many workers died is not given to another."""
+
+
+class _Queue:
+    """Batches to give out, drawn as they are needed; those that a dead worker had come first."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.returned: list[Batch] = []
+
+    def next(self) -> Batch | None:
+        return self.returned.pop() if self.returned else next(self._batches, None)
 
 
 class Pool:
@@ -75,7 +85,7 @@ class Pool:
         Raises:
             UserError: no worker is left, or two died on one batch.
         """
-        todo = deque(batches)
+        todo = _Queue(batches)
         at: dict[int, Batch] = {}
         deaths: dict[tuple[int, int], int] = {}
         for rank in list(self._workers):
@@ -91,10 +101,10 @@ class Pool:
                 deaths[key] = deaths.get(key, 0) + 1
                 if not self._workers or deaths[key] >= DEATHS_OF_A_BATCH:
                     raise UserError(
-                        f"a decoding process died{how}; what is done is safe, and the same command goes on from there, "
-                        "with fewer processes or a smaller batch where memory is short"
+                        f"a decoding process died{how}; what is done is safe, and the same command goes on from "
+                        "there, with fewer processes or a smaller batch where memory is short"
                     )
-                todo.appendleft(lost)
+                todo.returned.append(lost)
                 for idle in [rank for rank in self._workers if rank not in at][:1]:
                     self._give(idle, todo, at)
                 continue
@@ -140,11 +150,10 @@ class Pool:
                 self._messages.put((rank, json.loads(line)))
         self._messages.put((rank, None))
 
-    def _give(self, rank: int, todo: deque[Batch], at: dict[int, Batch]) -> None:
-        if todo:
-            at[rank] = todo.popleft()
-            number, positions = at[rank]
-            self._tell(self._workers[rank], [number, list(positions)])
+    def _give(self, rank: int, todo: _Queue, at: dict[int, Batch]) -> None:
+        if (batch := todo.next()) is not None:
+            at[rank] = batch
+            self._tell(self._workers[rank], [batch[0], list(batch[1])])
 
     def _tell(self, worker: subprocess.Popen[str], message: Any) -> None:
         assert worker.stdin is not None

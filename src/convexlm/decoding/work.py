@@ -80,9 +80,7 @@ class Worker:
             UserError: the checkpoint cannot be loaded, or a prompt does not fit the model.
         """
         engine = self._engine
-        self._backend.load(
-            engine.checkpoint, engine.device, engine.dtype, trust_remote_code=engine.trust_remote_code
-        )
+        self._backend.load(engine.checkpoint, engine.device, engine.dtype, trust_remote_code=engine.trust_remote_code)
         self._encoded = [_encode(work, self._backend) for work in self._works]
         return [list(map(len, prompts)) for prompts in self._encoded]
 

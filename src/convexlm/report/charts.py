@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 WIDTH, HEIGHT = 340.0, 210.0
-STRIP_WIDTH, STRIP_HEIGHT = 170.0, 26.0
+STRIP_WIDTH, STRIP_HEIGHT = 150.0, 26.0
 MAX_POINTS = 240
 LABEL_GAP = 13.0
 
@@ -140,7 +140,7 @@ def quality_and_cost(title: str, lines: Sequence[Line], y_title: str) -> Markup 
     marks.append(element("text", "seconds a sentence", x=right, y=HEIGHT - 4.0, text_anchor="end"))
     ends = []
     # The names stand once, over the highest line: the dots below it are of the same searches.
-    top_line = max(lines, key=lambda line: max((y for _, y in line.points if y is not None), default=-math.inf))
+    top_line = max(lines, key=_mean_height)
     for line in lines:
         arm, *names = line.label.split("|")
         known = [(x, y, name) for (x, y), name in zip(line.points, names, strict=True) if y is not None]
@@ -157,6 +157,11 @@ def quality_and_cost(title: str, lines: Sequence[Line], y_title: str) -> Markup 
         text = element("text", _short(arm, 13), x=right + 7, y=y + 4, class_="name")
         marks.append(element("g", text, class_=style))
     return drawing(WIDTH, HEIGHT, f"{title}, {y_title}", *marks)
+
+
+def _mean_height(line: Line) -> float:
+    known = [y for _, y in line.points if y is not None]
+    return sum(known) / len(known) if known else -math.inf
 
 
 def _interval_marks(one: Interval, scale: Scale, y: float) -> Markup:

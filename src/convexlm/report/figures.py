@@ -15,8 +15,9 @@ from convexlm.report.charts import (
     strip,
     strip_axis,
 )
-from convexlm.report.findings import is_sure, seed_deltas
+from convexlm.report.findings import seed_deltas
 from convexlm.report.text import delta_text, interval_text, is_number, is_share, metric_title
+from convexlm.significance import is_sure
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -9,20 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convexlm.report.text import delta_text, interval_text, is_number, is_share, metric_title, p_text, score_text
+from convexlm.significance import is_sure
 
 if TYPE_CHECKING:
     from convexlm.report.data import RunData
-
-LEVEL = 0.05
-
-
-def is_sure(row: dict[str, Any]) -> bool:
-    """Whether a row's difference from the baseline is more than chance; see the module."""
-    low, high = row.get("delta_low"), row.get("delta_high")
-    if not is_number(row.get("delta")) or not is_number(low) or not is_number(high):
-        return False
-    known = [row[key] for key in ("p_value", "p_two_sided", "p_holm") if is_number(row.get(key))]
-    return bool(known) and max(known) < LEVEL and low * high > 0
 
 
 def headline(run: RunData) -> tuple[str, list[str]]:
@@ -45,8 +35,11 @@ def headline(run: RunData) -> tuple[str, list[str]]:
         suffix = _by(lead, metric) + (f" ({comparison['searches'][0]} search)" if len(winners) > 1 else "")
         return f"{winner} beats {baseline} {searches}: {suffix}", sentences
     parts = []
-    for search, winner in zip(comparison["searches"], winners, strict=True):
+    for search, verdict in zip(comparison["searches"], found, strict=True):
+        winner = verdict["winner"]
         said = "no objective is surely ahead" if winner is None else f"{winner} is ahead"
+        if winner not in (None, baseline):
+            said += f" of {baseline} by {_by(verdict['lead'], metric)}"
         parts.append(f"with {search} search {said}")
     text = "; ".join(parts)
     return text[0].upper() + text[1:], sentences

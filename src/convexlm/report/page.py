@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from convexlm.report import register_format
 from convexlm.report.figures import checkpoint_figures, cost_figures, direction_figures, strips, training_figures
-from convexlm.report.findings import headline, is_sure, main_table, table_metrics
+from convexlm.report.findings import headline, main_table, table_metrics
 from convexlm.report.sentences import read_sentences
 from convexlm.report.settings import read_settings
 from convexlm.report.text import (
@@ -25,6 +25,7 @@ from convexlm.report.text import (
     script_json,
     visible,
 )
+from convexlm.significance import is_sure
 
 if TYPE_CHECKING:
     import jinja2

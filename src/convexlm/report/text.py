@@ -58,7 +58,8 @@ def delta_text(value: Any, metric: str) -> str:
     if not is_number(value):
         return NOTHING
     text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.2f}"
-    return text.replace("-", "−")
+    # What rounds to nothing has no sign.
+    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
 
 
 def interval_text(row: dict[str, Any], metric: str, low: str = "delta_low", high: str = "delta_high") -> str:

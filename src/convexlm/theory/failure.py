@@ -39,7 +39,7 @@ def climb_plain_power(
     *,
     rate: float = 1.0,
     max_steps: int = 100_000,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
 ) -> Climb:
     """Gradient ascent, in softmax logits, on sum_i d_i p_i^order: the convex function without the logarithm.
 

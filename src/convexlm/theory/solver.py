@@ -2,9 +2,10 @@
 
 The slope of one term, as a function of p, falls on a first stretch ("lower branch", where the term is concave) and
 for some objectives rises after it ("upper branch"). At a local maximum at most one candidate lies where its slope
-rises, or moving mass between two such would gain. So there is one problem with every candidate on its lower branch, solved by
-bisection on the common slope lambda, and one for each candidate that might lie above, solved by scanning its own p.
-Among candidates of one length the terms differ by a factor only, so by rearrangement just the largest may lie above.
+rises, or moving mass between two such would gain. So there is one problem with every candidate on its lower branch,
+solved by bisection on the common slope lambda, and one for each candidate that might lie above, solved by scanning
+its own p. Among candidates of one length the terms differ by a factor only, so by rearrangement only the largest of
+them may lie above.
 """
 
 from __future__ import annotations
@@ -85,14 +86,18 @@ def lower_branch_end(problem: Problem, length: float) -> tuple[float, bool]:
     first = int(np.argmax(rising))
     turn = int(np.argmin(values[:first]))
     if turn == 0:
-        return -math.inf, bool((np.diff(values) > -_SAME).all())
+        return -math.inf, _rises(values)
     low, high = grid[turn - 1], grid[min(turn + 1, len(grid) - 1)]
     for _ in range(_BISECTIONS):
         left, right = low + (high - low) / 3, high - (high - low) / 3
         a, b = slope(np.array([left, right]))
         low, high = (low, right) if a <= b else (left, high)
     end = float((low + high) / 2)
-    return end, end > -math.log(2) or bool((np.diff(values[turn:]) > -_SAME).all())
+    return end, end > -math.log(2) or _rises(values[turn:])
+
+
+def _rises(values: Floats) -> bool:
+    return bool((values[1:] >= values[:-1] - _SAME).all())
 
 
 def _bottom(problem: Problem) -> float:
@@ -100,7 +105,7 @@ def _bottom(problem: Problem) -> float:
 
 
 def lower_branch(problem: Problem, log_slope: Floats, ends: Floats) -> Floats:
-    """Log-probability of each candidate (..., n) whose slope, on the lower branch, is exp(log_slope) (..., 1); 0 is p = 1."""
+    """Where, on the lower branch, each candidate's slope is exp(log_slope) (..., 1): its log p (..., n)."""
     log_a, lengths = problem.log_a, problem.lengths
     shape = np.broadcast_shapes(log_slope.shape, log_a.shape)
     k = problem.convex_k

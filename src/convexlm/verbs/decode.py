@@ -52,6 +52,7 @@ def make_parser(prog: str) -> VerbParser:
         ("no_repeat_ngram_size", int, "no n-gram of this size twice; 0 allows all"),
         ("max_new_tokens", int, "longer answers are cut"),
         ("min_new_tokens", int, "no EOS before"),
+        ("num_return_sequences", int, "keep the N best hypotheses of a beam search, as `nbest` in the records"),
         ("length_penalty", float, "power of the length that a beam's score is divided by"),
     ):
         default = getattr(DEFAULTS, name)
@@ -64,7 +65,23 @@ def make_parser(prog: str) -> VerbParser:
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--backend", default="hf", help="what decodes (default: hf)")
+    machine.add_argument(
+        "--backend",
+        default="hf",
+        help="hf, ctranslate2, vllm, or auto, which says what it chose and why (default: hf)",
+    )
+    machine.add_argument(
+        "--compute_type",
+        metavar="TYPE",
+        help="of the ctranslate2 backend, in place of --dtype: int8, int8_float16, ...",
+    )
+    machine.add_argument(
+        "--num_processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine that share the sentences; GPUs are taken in turn (default: 1)",
+    )
     machine.add_argument("--batch_size", type=int, metavar="N", help="sentences a batch; default: by --token_budget")
     machine.add_argument(
         "--token_budget",
@@ -86,6 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens,
+        num_return_sequences=args.num_return_sequences,
         length_penalty=args.length_penalty,
         early_stopping={"true": True, "false": False}.get(args.early_stopping, args.early_stopping),
     )
@@ -113,6 +131,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             batch_size=args.batch_size,
             token_budget=args.token_budget,
             trust_remote_code=args.trust_remote_code,
+            compute_type=args.compute_type,
+            num_processes=args.num_processes,
+            note=_note,
             progress=progress,
         )
     return {**result.to_dict(), "checkpoint": str(checkpoint)}
@@ -135,6 +156,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     following = f"next: convexlm score --hypotheses {result['output_file']} --references FILE --target_lang {target}"
     for text in (line, following):
         console.print(text, markup=False, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def _sources(args: argparse.Namespace) -> Any:

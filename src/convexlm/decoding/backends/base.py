@@ -54,8 +54,6 @@ class Backend(ABC):
     name: ClassVar[str] = ""
     compute_types: ClassVar[tuple[str, ...]] = ()
     """What `--compute_type` may say, in place of a dtype; nothing for most."""
-    compute_types: ClassVar[tuple[str, ...]] = ()
-    """What `--compute_type` may say, in place of a dtype; nothing for most."""
     tokenizer: Any = None
     max_length: int | None = None
     """The most tokens of prompt and answer together that the model has positions for; None: no limit known."""

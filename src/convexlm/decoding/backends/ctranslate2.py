@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
+from convexlm.decoding.batching import common_head
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class CTranslate2Backend(Backend):
             intra_threads=torch.get_num_threads() if kind == "cpu" else 0,
         )
 
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        """Keep the prompts' shared head: CTranslate2 computes it once and remembers."""
+        self.head = common_head(prompts)
+
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """The best hypothesis of each prompt, with the model's own log-probabilities."""
         by_length: dict[int, list[int]] = {}
@@ -111,7 +116,8 @@ class CTranslate2Backend(Backend):
     ) -> list[list[tuple[list[int], float]]]:
         """(answer, sum of log-probabilities) of each prompt, all of one length, best first."""
         results = self.model.generate_batch(
-            [[self.names[token] for token in prompt] for prompt in prompts],
+            [[self.names[token] for token in prompt[len(self.head) :]] for prompt in prompts],
+            static_prompt=[self.names[token] for token in self.head] or None,
             beam_size=search.num_beams,
             num_hypotheses=search.num_return_sequences,
             length_penalty=search.length_penalty if search.num_beams > 1 else 0.0,

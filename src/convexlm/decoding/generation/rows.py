@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
+from convexlm.decoding.batching import common_head
 from convexlm.decoding.generation.cache import RowCache
 
 if TYPE_CHECKING:
@@ -63,22 +64,12 @@ class Prefix:
     """
 
     def __init__(self, model: Any, prompts: Sequence[list[int]]) -> None:
-        self.ids = _common_head(prompts)
+        self.ids = common_head(prompts)
         self.cache: RowCache | None = None
         if self.ids:
             self.cache = _new_cache(model)
             ids = torch.tensor([self.ids], device=model.device)
             model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-
-
-def _common_head(prompts: Sequence[list[int]]) -> list[int]:
-    # All share what the first and the last in order share.
-    first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    length = 0
-    while length < most and first[length] == last[length]:
-        length += 1
-    return first[:length]
 
 
 def _new_cache(model: Any) -> RowCache:

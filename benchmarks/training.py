@@ -1,0 +1,282 @@
+"""Time and memory of training heads and of whole training steps, side by side in one run.
+
+    OMP_NUM_THREADS=2 python benchmarks/training.py --data ../shared/data --output results/training
+
+Every candidate has a process of its own; they take turns, one repeat each, so that what else the machine does hits
+all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as the
+operating system counts it (on a GPU: allocated memory as CUDA counts it), less what it held before the first repeat.
+Writes OUTPUT.json and prints the tables. Candidates that need CUDA are listed as not measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HEADS = {  # name -> tokens, hidden size, vocabulary
+    "1024 x 32000": (2048, 1024, 32_000),
+    "LLaMA-7B, 4096 x 32000": (512, 4096, 32_000),
+    "1024 x 151936": (512, 1024, 151_936),
+}
+GPU_HEADS = {"LLaMA-7B, 4096 x 32000": (16_384, 4096, 32_000), "4096 x 151936": (8192, 4096, 151_936)}
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", nargs="+", choices=["head", "step"], default=["head", "step"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the heads")
+    parser.add_argument("--shapes", nargs="+", help="names of the heads' shapes; all by default")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7, help="optimizer steps; the first is not counted")
+    parser.add_argument("--model", default="58m", help="58m, 110m or 7b")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=3, help="packed rows of 512 tokens a step")
+    parser.add_argument("--float32", action="store_true", help="whole steps in float32 instead of bf16 autocast")
+    parser.add_argument(
+        "--data", default=os.environ.get("CONVEXLM_SHARED_DATA"), help="folder with alpaca, tokenizers"
+    )
+    parser.add_argument("--output", default="results/training", help="path without suffix")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        _work(json.loads(args.worker))
+        return
+    if "step" in args.level and not args.data:
+        parser.error("--data is needed for whole steps: a folder with alpaca/ and tokenizers/")
+    found: dict[str, Any] = {"about": _about(), "head": [], "step": []}
+    for table in _tables(args, found["about"]["device"]):
+        rows = _measure(table)
+        found[table["level"]].append({key: table[key] for key in ("title", "settings")} | {"candidates": rows})
+        _show(table, rows)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        found["about"]["load_average"].append(round(os.getloadavg()[0], 1))
+        Path(f"{args.output}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    from training_head import NAMES
+    from training_steps import LAYOUTS
+
+    tables = []
+    for dtype in args.dtypes if "head" in args.level else ():
+        shapes = GPU_HEADS if device == "cuda" else HEADS
+        for name in args.shapes or (shapes if dtype == "bfloat16" else list(shapes)[:1]):
+            tokens, hidden_size, vocabulary = shapes[name]
+            settings = {"tokens": tokens, "hidden_size": hidden_size, "vocabulary": vocabulary, "dtype": dtype}
+            title = f"head, {tokens} tokens x {name}, {dtype}"
+            tables.append(_table("head", title, {**settings, "device": device}, NAMES, args.repeats, "products"))
+    for layout, names in LAYOUTS.items() if "step" in args.level else ():
+        settings = {"layout": layout, "model": args.model, "batch": args.batch, "rows": args.rows}
+        settings |= {"steps": args.steps, "bf16": not args.float32, "device": device, "data": str(args.data)}
+        size = f"batches of {args.batch}" if layout == "padded" else f"{args.rows} packed rows"
+        title = f"whole step, {args.model} model, {size}, {'float32' if args.float32 else 'bf16 autocast'}"
+        tables.append(_table("step", title, settings, names, args.steps - 1, "convexlm-mle"))
+    return tables
+
+
+def _table(level: str, title: str, settings: Any, names: list[str], repeats: int, base: str) -> dict[str, Any]:
+    return {"level": level, "title": title, "settings": settings, "names": names, "repeats": repeats, "base": base}
+
+
+# -- the process that asks ------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A candidate's process; answers a line for a line."""
+
+    def __init__(self, level: str, name: str, settings: dict[str, Any]) -> None:
+        """Start it; it makes its inputs while the others start."""
+        job = json.dumps({"level": level, **settings, "candidate": name})
+        command = [sys.executable, __file__, "--worker", job]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.ready: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Until it is ready, or has failed."""
+        self.ready = self._read()
+
+    def repeat(self) -> dict[str, Any]:
+        """One repeat's numbers; {"error": ...} if it could not be run."""
+        if "error" in self.ready:
+            return self.ready
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        """Let it go."""
+        self.process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        line = self.process.stdout.readline()
+        if not line:
+            return {"error": (self.process.stderr.read().strip().split("\n") or ["?"])[-1]}
+        return dict(json.loads(line))
+
+
+def _measure(table: dict[str, Any]) -> list[dict[str, Any]]:
+    workers = {name: Worker(table["level"], name, table["settings"]) for name in table["names"]}
+    for worker in workers.values():
+        worker.wait()  # nobody is timed while another still starts
+    repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for turn in range(table["repeats"] + 1):
+        for name, worker in workers.items():
+            numbers = worker.repeat()
+            if turn or "error" in numbers:
+                repeats[name].append(numbers)
+    for worker in workers.values():
+        worker.end()
+    rows = []
+    for name, numbers in repeats.items():
+        errors = [n["error"] for n in numbers if "error" in n]
+        if errors:
+            rows.append({"name": name, "not_measured": errors[0]})
+            continue
+        seconds = [n["seconds"] for n in numbers]
+        row = {"name": name, "seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+        row["processor_seconds"] = statistics.median(n["processor_seconds"] for n in numbers)
+        row["peak_bytes"], row["peak_bytes_total"] = numbers[-1]["peak_bytes"], numbers[-1]["peak_bytes_total"]
+        row["tokens_per_second"] = sum(n["tokens"] for n in numbers) / sum(seconds)
+        row["tokens"] = [n["tokens"] for n in numbers]
+        rows.append(row | {"all_seconds": seconds})
+    base = next((r for r in rows if r["name"] == table["base"] and "seconds" in r), None)
+    for row in rows:
+        if base and "seconds" in row:
+            # The ratio of each turn, then the median: neighbours in time share what else the machine did.
+            pairs = zip(row["all_seconds"], base["all_seconds"], strict=True)
+            row[f"ratio_to_{table['base']}"] = statistics.median(a / b for a, b in pairs)
+            row[f"processor_ratio_to_{table['base']}"] = row["processor_seconds"] / base["processor_seconds"]
+    return rows
+
+
+def _show(table: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    base = table["base"]
+    print(f"\n{table['title']}\n")
+    print(f"| candidate | seconds | fastest | x {base} | processor s | x {base} | peak MB above start | tokens/s |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for row in rows:
+        if "not_measured" in row:
+            print(f"| {row['name']} | not measured: {row['not_measured']} | | | | | | |")
+            continue
+        print(
+            f"| {row['name']} | {row['seconds']:.3f} | {row['fastest']:.3f} | {row.get(f'ratio_to_{base}', 0):.2f} "
+            f"| {row['processor_seconds']:.3f} | {row.get(f'processor_ratio_to_{base}', 0):.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['tokens_per_second']:.0f} |"
+        )
+    sys.stdout.flush()
+
+
+def _about() -> dict[str, Any]:
+    import torch
+
+    packages = {}
+    for name in (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "convexlm",
+        "liger_kernel",
+        "cut_cross_entropy",
+    ):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "absent"
+    cpu, flags = platform.processor(), []
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = dict(line.split("\t: ", 1) for line in information.read_text().split("\n") if "\t: " in line)
+        cpu = lines.get("model name", cpu)
+        flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in lines.get("flags", "")]
+    on_gpu = torch.cuda.is_available()
+    return {
+        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "device": "cuda" if on_gpu else "cpu",
+        "gpu": torch.cuda.get_device_name() if on_gpu else "not measured: none at hand",
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "malloc_settings": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
+        "load_average": [round(os.getloadavg()[0], 1)],
+    }
+
+
+# -- the process that is asked --------------------------------------------------------------------------------------------
+
+
+def _work(settings: dict[str, Any]) -> None:
+    import torch
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is not an answer
+    on_gpu = settings["device"] == "cuda"
+
+    def resident(field: str) -> int:
+        if on_gpu:
+            return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
+        lines = Path("/proc/self/status").read_text().split("\n")
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    def forget_peak() -> int:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        return max(1, resident("VmRSS"))
+
+    def answer(numbers: dict[str, Any]) -> None:
+        print(json.dumps(numbers), file=answers, flush=True)
+
+    begin = {"memory": 0, "processor": 0.0}
+
+    def wait() -> bool:
+        if not begin["memory"]:
+            begin["memory"] = forget_peak()
+            answer({"ready": True})
+        asked = sys.stdin.readline().strip() == "go"
+        begin["processor"] = time.process_time()
+        return asked
+
+    def report(numbers: dict[str, Any]) -> None:
+        used = time.process_time() - begin["processor"]
+        peak = resident("VmHWM")
+        answer({**numbers, "processor_seconds": used, "peak_bytes": peak - begin["memory"], "peak_bytes_total": peak})
+
+    if settings["level"] == "step":
+        from training_steps import run
+
+        run(settings, wait, report)
+        return
+    from training_head import HeadCandidate
+
+    sizes = [settings[name] for name in ("tokens", "hidden_size", "vocabulary", "dtype", "device")]
+    head = HeadCandidate(settings["candidate"], *sizes)
+    while wait():
+        start = time.perf_counter()
+        tokens = head.run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        report({"seconds": time.perf_counter() - start, "tokens": tokens})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Trainers that `training.py` times: the same model, records, batches and optimizer, with one loss or another."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, TrainerCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAMES = ["reference", "trl-nll", "trl-dft", "convexlm-mle", "convexlm-convex"]
+LAYOUTS = {"padded": NAMES, "packed": ["trl-nll", "convexlm-mle", "convexlm-convex"]}
+SHAPES = {
+    "58m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 9, "num_attention_heads": 12},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+ROW = 512
+
+
+def run(settings: dict[str, Any], wait: Callable[[], bool], report: Callable[[dict[str, Any]], None]) -> None:
+    """Train; before every optimizer step `wait()` for a turn, after it `report` its seconds and tokens."""
+    torch.manual_seed(0)
+    model = _model(settings["model"], settings["device"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(settings, model, _dataset(settings), folder)
+        counts = {"tokens": 0, "targets": 0, "places": 0}
+        step = trainer.training_step
+
+        def counted_step(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+            seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            counts["tokens"] += int(seen.sum())
+            counts["targets"] += int((inputs["labels"][:, 1:] != -100).sum())
+            counts["places"] += inputs["labels"].numel()
+            return step(model, inputs, *args)
+
+        trainer.training_step = counted_step
+
+        class Clock(TrainerCallback):
+            begin = 0.0
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if not wait():
+                    raise SystemExit
+                counts.update(tokens=0, targets=0, places=0)
+                _synchronize()
+                self.begin = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                _synchronize()
+                report({"seconds": time.perf_counter() - self.begin, **counts})
+
+        trainer.add_callback(Clock())
+        trainer.train()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _model(shape: str, device: str) -> Any:
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, pad_token_id=0, **SHAPES[shape])
+    with torch.device(device):
+        return LlamaForCausalLM(config)
+
+
+def _dataset(settings: dict[str, Any]) -> Any:
+    from convexlm.instructions import load_records
+    from convexlm.tokenization import PromptSettings, build_dataset, tokenize_records
+
+    data = Path(settings["data"])
+    tokenizer = LlamaTokenizer(vocab_file=str(data / "tokenizers" / "tokenizer.model"))
+    # A packed row holds about four records.
+    per_step = settings["batch"] if settings["layout"] == "padded" else 4 * settings["rows"]
+    records = load_records(data / "alpaca" / "alpaca_cleaned_51924.json.gz", max_records=per_step * settings["steps"])
+    tokenized = tokenize_records(records, tokenizer, PromptSettings().resolve(tokenizer), max_length=ROW)
+    dataset = build_dataset(tokenized)
+    return dataset.select_columns(["input_ids", "labels"])
+
+
+def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    from convexlm import ConvexConfig, ConvexTrainer
+
+    packed = settings["layout"] == "packed"
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": settings["rows"] if packed else settings["batch"],
+        "max_steps": settings["steps"],
+        "use_cpu": settings["device"] == "cpu",
+        "bf16": settings["bf16"],
+        "gradient_checkpointing": settings["model"] == "7b",
+        "optim": "adamw_torch",
+        "learning_rate": 1e-4,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 1,
+        "max_length": ROW,
+        "packing": packed,
+    }
+    tokenizer = LlamaTokenizer(vocab_file=str(Path(settings["data"]) / "tokenizers" / "tokenizer.model"))
+    tokenizer.pad_token = tokenizer.unk_token
+    kind, _, loss = settings["candidate"].partition("-")
+    if kind == "convexlm":
+        args: Any = ConvexConfig(objective=loss, **common)
+        return ConvexTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    if kind == "trl":
+        args = SFTConfig(loss_type=loss, **common)
+        return SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+
+    class ReferenceTrainer(SFTTrainer):
+        """The formula over full logits: -sum_i T_i exp(mean log-probability of i) / tokens of the micro-batch."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            labels = inputs["labels"][:, 1:]
+            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+            mask = labels != -100
+            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+            lengths = mask.sum(1)
+            means = (log_probs * mask).sum(1) / lengths.clamp(min=1)
+            return -(lengths * means.exp()).sum() / mask.sum()
+
+    args = SFTConfig(**common)
+    return ReferenceTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)

@@ -1,0 +1,64 @@
+"""`--backend auto`: which backend, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING
+
+from convexlm.decoding.checkpoint import is_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from convexlm.decoding.search import Search
+
+CONVERTED = ("llama",)
+"""Model types whose conversion to CTranslate2 our tests hold to the same hypotheses."""
+
+
+def choose_backend(
+    checkpoint: Path, searches: Sequence[Search], device: str, dtype: str | None, compute_type: str | None
+) -> tuple[str, str]:
+    """The faster backend that does exactly what is asked for.
+
+    On the CPU that is `ctranslate2` (see `results/decoding.md`), else `hf`. `vllm` is never chosen: it was not
+    run on a GPU by us.
+
+    Args:
+        checkpoint: a folder that `check_checkpoint` accepts.
+        searches: all searches that it will do.
+        device: a torch device name.
+        dtype: what the user asked for, if anything.
+        compute_type: what the user asked for, if anything.
+
+    Returns:
+        The backend's name, and the reason as the end of a sentence.
+    """
+    if compute_type is not None:
+        return "ctranslate2", f"only it has a compute_type ({compute_type})"
+    if device != "cpu":
+        return "hf", f"the device is {device}"
+    if dtype not in (None, "auto", "float32"):
+        return "hf", f"on the CPU, ctranslate2 does not compute in {dtype}"
+    if is_adapter(checkpoint):
+        return "hf", "the checkpoint is an adapter, which ctranslate2 would have to merge into its base model"
+    kind = _model_type(checkpoint)
+    if kind not in CONVERTED:
+        return "hf", f"ctranslate2 was tested with {', '.join(CONVERTED)}, and this model is of type {kind}"
+    if importlib.util.find_spec("ctranslate2") is None:
+        return "hf", "ctranslate2, which is faster on a CPU, is not installed (pip install 'convexlm[ctranslate2]')"
+    from convexlm.decoding.backends.ctranslate2 import why_not
+
+    for search in searches:
+        if reason := why_not(search):
+            return "hf", f"ctranslate2, which is faster on a CPU, {reason}"
+    return "ctranslate2", "it is the fastest on a CPU and can do all that is asked for"
+
+
+def _model_type(checkpoint: Path) -> str:
+    try:
+        return str(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return "unknown"

@@ -1,0 +1,70 @@
+"""Each of two processes computes its half of a batch through a wrapped model; rank 0 writes the averaged gradients.
+
+Started by `torchrun` with: what to wrap with ("ddp" or "fsdp2"), whether the head is its own FSDP unit, output file.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from convexlm.fused_forward import HeadCall, add_fused_objective
+from convexlm.objectives import get_objective
+from training_helpers import tiny_model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 40, (4, 10), generator=generator)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[1, 7:] = -100
+    return ids, labels
+
+
+def gradients(model, ids, labels, scale):
+    call = HeadCall(get_objective("convex", k=0.5), normalizer=float((batch()[1][:, 1:] != -100).sum()))
+    out = model(input_ids=ids, labels=labels, fused_objective=call)
+    (out.loss * scale).backward()
+    return out
+
+
+def main():
+    kind, own_unit, path = sys.argv[1:]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = tiny_model()
+    add_fused_objective(model)
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if own_unit == "yes":
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    ids, labels = batch()
+    mine = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):  # the second time through finds what the first left behind
+        model.zero_grad()
+        gradients(
+            model, ids[mine], labels[mine], scale=2.0
+        )  # both average over ranks, and the losses are parts of a sum
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    if rank == 0:
+        torch.save(found, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`ConvexConfig`: which objective its options describe, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from convexlm import ConvexConfig, get_objective
+
+
+def config(**settings):
+    return ConvexConfig(output_dir="unused", use_cpu=True, report_to="none", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, get_objective("convex")),
+        ({"objective": "mle"}, get_objective("mle")),
+        ({"objective": "convex", "k": 2.5, "mle_mix": 0.1}, get_objective("convex", k=2.5, mle_mix=0.1)),
+        ({"objective": "power", "k": 0.25}, get_objective("power", k=0.25)),
+        ({"objective": "dft"}, get_objective("convex", level="token", k=1.0)),
+        ({"length_weighting": "sequence"}, get_objective("convex", length_weighting="sequence")),
+        ({"objective_kwargs": '{"k": 3.0}'}, get_objective("convex", k=3.0)),
+        ({"objective_kwargs": {"k": 3.0}}, get_objective("convex", k=3.0)),
+    ],
+)
+def test_options_make_an_objective(settings, wanted):
+    assert config(**settings).build_objective() == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"objective": "unknown"}, "unknown objective `unknown`; known: .*convex.*dft.*mle"),
+        ({"k": 0.0}, "k must be"),
+        ({"k": -1.0}, "k must be"),
+        ({"objective": "power", "k": 1.5}, "k must be"),
+        ({"objective": "mle", "k": 1.0}, "no setting `k`"),
+        ({"objective": "dft", "k": 2.0}, "k=2.0 is not it"),
+        ({"mle_mix": 1.5}, "mle_mix"),
+        ({"level": "word"}, "level"),
+        ({"k_warmup": 1.5}, "k_warmup"),
+        ({"k_warmup": float("nan")}, "k_warmup"),
+        ({"padding_side": "both"}, "padding_side"),
+        ({"k": 1.0, "objective_kwargs": {"k": 1.0}}, "both as an option and in `objective_kwargs`"),
+        ({"objective_kwargs": "[1]"}, "objective_kwargs"),
+        ({"bf16": True, "fp16": True}, "fp16|bf16"),
+    ],
+)
+def test_what_no_objective_could_honour_is_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        config(**settings)
+
+
+def test_precision_follows_the_device_unless_it_is_asked_for():
+    assert config().bf16 is False
+    assert config(bf16=True).bf16 is True
+    assert config(fp16=True).bf16 is False

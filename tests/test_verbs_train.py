@@ -1,0 +1,103 @@
+"""`convexlm train` end to end on a small file, and the one line it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from convexlm import cli
+from convexlm.metrics_file import read_metrics
+from training_helpers import train, words, write_model_files, write_records
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_model_files(folder / "model")
+    records = [
+        {"instruction": f"w{i} w{i + 1}", "input": "w9" if i % 2 else "", "output": f"w{i + 2} w{i}"}
+        for i in range(12)
+    ]
+    (folder / "alpaca.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+    write_records(folder / "pairs.jsonl", 8)
+    broken = (folder / "alpaca.jsonl").read_text(encoding="utf-8").replace('{"instruction": "w4', '{"instruction: "w4')
+    (folder / "broken.jsonl").write_text(broken, encoding="utf-8")
+    return folder
+
+
+def new_model(files):
+    return {"config_name": files / "model", "tokenizer_name": files / "model"}
+
+
+SHORT = {
+    "max_steps": 3,
+    "save_steps": 3,
+    "per_device_train_batch_size": 4,
+    "max_length": 128,
+    "save_only_model": False,
+}
+
+
+def test_new_model_then_its_checkpoint_then_lora_then_resume(files, tmp_path, capsys):
+    data = files / "alpaca.jsonl"
+    first = tmp_path / "first"
+    assert train(first, "--json", dataset=data, **new_model(files), **SHORT) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoints"] == ["checkpoint-3"] and result["records"] == 12 and result["steps"] == 3
+    checkpoint = result["last_checkpoint"]
+    assert json.loads((first / "checkpoint-3" / "convexlm.json").read_text())["prompt"]["template"] == "alpaca"
+
+    second = tmp_path / "second"
+    assert train(second, "--json", dataset=data, model_name_or_path=checkpoint, objective="mle", **SHORT) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    assert read_metrics(second)[0]["nll"] != read_metrics(first)[0]["nll"]
+
+    lora = tmp_path / "lora"
+    options = {"model_name_or_path": checkpoint, "use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj"}
+    assert train(lora, "--json", dataset=data, **options, **SHORT) == 0
+    assert (lora / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+
+    longer = {**SHORT, "max_steps": 5}
+    assert train(first, "--json", dataset=data, **new_model(files), **longer) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train(first, "--json", "--resume", dataset=data, **new_model(files), **longer) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 5
+    assert [line["step"] for line in read_metrics(first)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dataset": "missing.jsonl"}, "missing.jsonl"),
+        ({"dataset": "broken.jsonl"}, "broken.jsonl, line 5"),
+        ({"no_such_option": 1}, "no_such_option"),
+        ({"k": 0}, "k must be"),
+        ({"k": -2}, "k must be"),
+        ({"k": "much"}, "k"),
+        ({"objective": "hinge"}, "unknown objective `hinge`"),
+        ({"template": "nothing"}, "nothing"),
+        ({"bf16": True, "fp16": True}, "fp16"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"optim": "no_such_optimizer"}, "no_such_optimizer"),
+        ({"max_length": 1}, "max_length"),
+        ({"max_records": 0}, "max_records"),
+        ({"model_name_or_path": "both"}, "not both"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_told_in_one_line(files, tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.chdir(files)
+    given = {"dataset": "alpaca.jsonl", **new_model(files), **SHORT, **options}
+    assert train(tmp_path / "run", **given) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert out == "" and len(lines) == 1 and said in lines[0]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_missing_options_are_named(files, capsys):
+    assert cli.main(["train", *words(dataset=files / "alpaca.jsonl")]) == 2
+    assert "--output_dir" in capsys.readouterr().err
