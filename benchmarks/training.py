@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=2 python benchmarks/training.py --data ../shared/data --output results/training
 
 Every candidate has a process of its own; they take turns, one repeat each, so that what else the machine does hits
-all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as the
-operating system counts it (on a GPU: allocated memory as CUDA counts it), less what it held before the first repeat.
+all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as
+the operating system counts it (on a GPU: allocated memory as CUDA counts it), less what it held before the first
+repeat.
 Writes OUTPUT.json and prints the tables. Candidates that need CUDA are listed as not measured elsewhere.
 """
 
@@ -88,7 +89,7 @@ def _table(level: str, title: str, settings: Any, names: list[str], repeats: int
     return {"level": level, "title": title, "settings": settings, "names": names, "repeats": repeats, "base": base}
 
 
-# -- the process that asks ------------------------------------------------------------------------------------------------
+# -- the process that asks ------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -220,7 +221,7 @@ def _about() -> dict[str, Any]:
     }
 
 
-# -- the process that is asked --------------------------------------------------------------------------------------------
+# -- the process that is asked ---------------------------------------------------------------------------------------
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,9 +73,10 @@ def _model(shape: str, device: str) -> Any:
 def _dataset(settings: dict[str, Any]) -> Any:
     from convexlm.instructions import load_records
     from convexlm.tokenization import PromptSettings, build_dataset, tokenize_records
+    from convexlm.tokenizer_files import load_tokenizer
 
     data = Path(settings["data"])
-    tokenizer = LlamaTokenizer(vocab_file=str(data / "tokenizers" / "tokenizer.model"))
+    tokenizer = load_tokenizer(data / "tokenizers" / "tokenizer.model")
     # A packed row holds about four records.
     per_step = settings["batch"] if settings["layout"] == "padded" else 4 * settings["rows"]
     records = load_records(data / "alpaca" / "alpaca_cleaned_51924.json.gz", max_records=per_step * settings["steps"])
@@ -88,6 +89,7 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
     from trl import SFTConfig, SFTTrainer
 
     from convexlm import ConvexConfig, ConvexTrainer
+    from convexlm.tokenizer_files import load_tokenizer
 
     packed = settings["layout"] == "packed"
     common: dict[str, Any] = {
@@ -107,8 +109,7 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
         "max_length": ROW,
         "packing": packed,
     }
-    tokenizer = LlamaTokenizer(vocab_file=str(Path(settings["data"]) / "tokenizers" / "tokenizer.model"))
-    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer = load_tokenizer(Path(settings["data"]) / "tokenizers" / "tokenizer.model")
     kind, _, loss = settings["candidate"].partition("-")
     if kind == "convexlm":
         args: Any = ConvexConfig(objective=loss, **common)

@@ -54,6 +54,8 @@ TINY: dict[str, Any] = {
     },
     "compare": {"n_samples": 50},
 }
+# Read when huggingface_hub is imported, so a fixture would come too late.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

@@ -78,14 +78,15 @@ def test_every_recipe_can_be_checked_without_weights_or_network(
 ) -> None:
     import socket
 
-    import sacrebleu.dataset.base
+    from sacrebleu.dataset import DATASETS
 
     def no_network(*args: Any) -> None:
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(sacrebleu.dataset.base, "SACREBLEU_DIR", str(tmp_path / "sacrebleu"))
+    for folder in ("_outdir", "_rawdir"):
+        monkeypatch.setattr(DATASETS["wmt22"], folder, str(tmp_path / folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)

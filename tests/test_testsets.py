@@ -70,7 +70,7 @@ def test_streams_of_different_length_are_refused_with_both_counts(folder):
         ({"sources": "{pari}/src.{src}"}, "en-de", "unknown placeholder {pari}"),
         ({"sources": 3}, "en-de", "file path"),
         ({"refrences": "x"}, "en-de", "unknown entry `refrences`"),
-        ({"kind": "wmt"}, "en-de", "known: files, sacrebleu, tinyworld"),
+        ({"kind": "wmt"}, "en-de", "known: files, sacrebleu, summarization, tinyworld"),
         ({"name": "../x"}, "en-de", "`name`"),
         ({"name": None}, "en-de", "`name`"),
     ],

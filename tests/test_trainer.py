@@ -4,80 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from convexlm import ConvexConfig, ConvexTrainer, get_objective
-from convexlm.collator import ConvexCollator
+from convexlm import get_objective
 from convexlm.metrics_file import MetricsFile, read_metrics
 from convexlm.objectives import Objective, register_objective
-from training_helpers import STATISTICS, rows, tiny_model, tiny_tokenizer, train
-
-COMMON = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "optim": "sgd",
-    "learning_rate": 0.2,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "max_length": 48,
-    "seed": 3,
-}
-
-
-def make(folder, data, model=None, eval_data=None, cls=ConvexTrainer, config=ConvexConfig, given=None, **settings):
-    as_dataset = lambda d: Dataset.from_list(d) if isinstance(d, list) else d  # noqa: E731
-    return cls(
-        model=model or tiny_model(),
-        args=config(output_dir=str(folder), **{**COMMON, **settings}),
-        train_dataset=as_dataset(data),
-        eval_dataset=as_dataset(eval_data),
-        processing_class=tiny_tokenizer(),
-        **(given or {}),
-    )
-
-
-def trained(folder, data, **settings):
-    trainer = make(folder, data, **settings)
-    trainer.train()
-    return trainer
-
-
-def logged(trainer, name):
-    values = [line[name] for line in trainer.state.log_history if name in line]
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_same_weights(got, wanted, rtol=1e-5, atol=1e-6):
-    theirs = wanted.model.state_dict()
-    for name, value in got.model.state_dict().items():
-        torch.testing.assert_close(value, theirs[name], rtol=rtol, atol=atol)
-
-
-def one_step(folder, data, **settings):
-    """Gradients and logged statistics of a first step in which nothing moves."""
-    trainer = make(folder, data, max_steps=1, learning_rate=0.0, **settings)
-    kept = {}
-
-    def keep(*_args, **_kwargs):
-        kept.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.callback_handler.callbacks[0].on_pre_optimizer_step = keep
-    trainer.train()
-    return kept, trainer.state.log_history[0]
-
+from trainer_helpers import KINDS, assert_same_weights, logged, make, one_step, per_record, trained
+from training_helpers import STATISTICS, rows, tiny_model, train
 
 # -- against TRL ------------------------------------------------------------------------------------------------------
 
@@ -126,19 +64,6 @@ def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path):
 
 
 # -- against formulas -------------------------------------------------------------------------------------------------
-
-
-def per_record(model, data):
-    """Target log-probabilities, hits and entropies of each record alone, from the full logits in float64."""
-    found = []
-    for row in data:
-        places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-        log_p = logits.log_softmax(-1)[[t - 1 for t in places]]
-        targets = torch.tensor([row["labels"][t] for t in places])
-        hits = log_p.argmax(-1) == targets
-        found.append((log_p.gather(1, targets[:, None])[:, 0], hits, -(log_p.exp() * log_p).sum(-1)))
-    return found
 
 
 def test_reference_formula_and_statistics_from_the_full_logits(tmp_path):
@@ -215,13 +140,6 @@ def masked(row):
 
 
 SKIP = {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
-KINDS = [
-    {"objective": "mle"},
-    {"objective": "convex"},
-    {"objective": "convex", "length_weighting": "sequence"},
-    {"objective": "power"},
-    {"objective": "dft"},
-]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -266,96 +184,6 @@ def test_a_single_target_token(tmp_path, kind):
     assert log["num_target_tokens"] == 1
     assert log["loss"] == pytest.approx(objective.value(torch.tensor(log_p)).item(), rel=1e-5)
     assert all(grad.isfinite().all() for grad in grads.values())
-
-
-# -- record weights ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_weight_is_a_number_of_repetitions(tmp_path, kind, packing):
-    data = rows(6)
-    counts = [1, 2, 0, 3, 1, 0]
-    weighted = [{**row, "weight": float(n)} for row, n in zip(data, counts, strict=True)]
-    repeated = [row for row, n in zip(data, counts, strict=True) for _ in range(n)]
-    layout = {"per_device_train_batch_size": 16, "packing": packing, **kind}
-    got, log = one_step(tmp_path / "a", weighted, **layout)
-    wanted, repeated_log = one_step(tmp_path / "b", repeated, **layout)
-    for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
-    for name in set(STATISTICS) - {"num_target_tokens"}:
-        assert log[name] == pytest.approx(repeated_log[name], rel=1e-5), name
-
-
-def test_no_weight_is_weight_one(tmp_path):
-    data = rows(6)
-    sparse = [{**row, "weight": None if number % 2 else 1.0} for number, row in enumerate(data)]
-    assert_same_weights(trained(tmp_path / "a", sparse), trained(tmp_path / "b", data), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_bad_weight_is_refused_with_its_record(tmp_path, bad, packing):
-    data = [{**row, "weight": bad if number == 4 else 1.0} for number, row in enumerate(rows(6))]
-    with pytest.raises(ValueError, match=r"train dataset, record 4: .*weight.*at least 0"):
-        make(tmp_path, data, packing=packing)
-
-
-@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
-@pytest.mark.parametrize("objective", ["mle", "dft"])
-def test_weights_survive_packing_that_cuts(tmp_path, strategy, objective):
-    """Every target token of a record keeps the record's weight: the loss is their weighted mean."""
-    draw = rows(9, longest=20)
-    data = [{**row, "weight": (0.0, 1.0, 2.5)[number % 3]} for number, row in enumerate(draw)]
-    trainer = make(tmp_path, data, packing=True, packing_strategy=strategy, max_length=16, objective=objective,
-                   max_steps=1, per_device_train_batch_size=32)  # fmt: skip
-    trainer.train()
-    packed = list(trainer.train_dataset)
-    total = parts = 0.0
-    for row in packed:
-        starts = {0}
-        if strategy == "bfd_split":
-            lengths = row["seq_lengths"]
-            starts = {sum(lengths[:n]) for n in range(len(lengths))}
-        for start in sorted(starts):
-            end = min([s for s in starts if s > start], default=len(row["input_ids"]))
-            piece = {key: row[key][start:end] for key in ("input_ids", "labels")}
-            with torch.no_grad():
-                log_p = per_record(tiny_model(), [piece])[0][0]
-            weights = [
-                w for w, y in zip(row["weight"][start + 1 : end], piece["labels"][1:], strict=True) if y != -100
-            ]
-            value = -log_p if objective == "mle" else 1 - log_p.exp()
-            parts += (value * torch.tensor(weights, dtype=torch.float64)).sum().item() if weights else 0.0
-            total += sum(weights)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(parts / total, rel=1e-5)
-
-
-def test_a_stream_gives_the_same_numbers(tmp_path):
-    """Also where it ends within an optimizer step."""
-    data = rows(11, weights=True)
-    layout = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 7}
-    wanted = trained(tmp_path / "a", data, train_sampling_strategy="sequential", **layout)
-    got = trained(tmp_path / "b", Dataset.from_list(data).to_iterable_dataset(), **layout)
-    for name in (*STATISTICS, "grad_norm", "num_tokens"):
-        torch.testing.assert_close(logged(got, name), logged(wanted, name), rtol=1e-5, atol=1e-7)
-    assert_same_weights(got, wanted)
-
-
-def test_a_stream_of_unknown_columns_keeps_its_weights_through_packing(tmp_path):
-    data = rows(9, weights=True)
-
-    def generate():
-        yield from data
-
-    from datasets import IterableDataset
-
-    layout = {"per_device_train_batch_size": 16, "packing": True, "max_steps": 2}
-    wanted = trained(tmp_path / "a", data, **layout)
-    stream = IterableDataset.from_generator(generate)
-    assert stream.column_names is None
-    got = trained(tmp_path / "b", stream, **layout)
-    torch.testing.assert_close(logged(got, "loss"), logged(wanted, "loss"), rtol=1e-5, atol=0)
 
 
 # -- what changes over a run ------------------------------------------------------------------------------------------
@@ -419,92 +247,3 @@ def test_training_twice_starts_the_counts_again(tmp_path):
     again = trainer.state.log_history[0]
     for name in (*STATISTICS, "num_tokens"):
         assert again[name] == pytest.approx(first[name]), name
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-REFUSED = [
-    ({"loss_type": "dft"}, "`objective` chooses the loss"),
-    ({"label_smoothing_factor": 0.1}, "needs the full logits"),
-    ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "would ignore the objective"),
-    ({"average_tokens_across_devices": False}, "normalised over the global batch"),
-    ({"padding_side": "left", "padding_free": True, "max_length": None}, "no meaning without padding"),
-    ({"padding_side": "left", "packing": True}, "no meaning without padding"),
-    ({"eval_packing": True}, "needs `padding_free=True`"),
-    ({"packing": True, "max_length": None}, "max_length"),
-    ({"assistant_only_loss": True}, "chat template"),
-    *[
-        ({"packing": True, "packing_strategy": strategy, **kind}, r"`packing_strategy='bfd'`.*or `padding_free=True`")
-        for strategy in ("bfd_split", "wrapped")
-        for kind in (
-            {"objective": "convex"},
-            {"objective": "power"},
-            {"objective": "mle", "length_weighting": "sequence"},
-            {"objective": "dft", "length_weighting": "sequence"},
-        )
-    ],
-]
-
-
-@pytest.mark.parametrize(("settings", "reason"), REFUSED, ids=lambda value: str(value)[:60])
-@pytest.mark.parametrize("weights", [False, True])
-def test_what_cannot_be_honoured_is_refused_at_the_start(tmp_path, settings, reason, weights):
-    with pytest.raises(ValueError, match=reason) as caught:
-        make(tmp_path, rows(4, weights=weights), **settings)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
-@pytest.mark.parametrize("objective", ["mle", "dft"])
-def test_packing_that_cuts_is_allowed_where_it_changes_nothing(tmp_path, strategy, objective):
-    run = trained(tmp_path, rows(12, longest=20), packing=True, packing_strategy=strategy, max_length=16,
-                  objective=objective)  # fmt: skip
-    assert logged(run, "loss").isfinite().all() and len(logged(run, "loss")) == COMMON["max_steps"]
-
-
-def test_arguments_that_would_replace_the_objective_or_lose_the_weights_are_refused(tmp_path):
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    with pytest.raises(ValueError, match="register an objective"):
-        make(tmp_path, rows(4), given={"compute_loss_func": lambda *a, **k: None})
-    with pytest.raises(ValueError, match="a column `weight`"):
-        make(tmp_path, rows(4, weights=True), given={"data_collator": DataCollatorForLanguageModeling(0)})
-    with pytest.raises(ValueError, match="let your `data_collator` pad left"):
-        make(tmp_path, rows(4), padding_side="left", given={"data_collator": DataCollatorForLanguageModeling(0)})
-    make(tmp_path, rows(4, weights=True), given={"data_collator": ConvexCollator(0)})
-    with pytest.raises(ValueError, match="must be a ConvexConfig"):
-        make(tmp_path, rows(4), config=SFTConfig)
-
-
-def test_assistant_only_loss_needs_marks_in_the_chat_template(tmp_path):
-    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    data = Dataset.from_list(
-        [{"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]}] * 4
-    )
-    config = ConvexConfig(output_dir=str(tmp_path), **COMMON, assistant_only_loss=True)
-    for chat_template, reason in ((None, "has no chat template"), (template, "(?i)chat template")):
-        with pytest.raises(ValueError, match=reason):
-            ConvexTrainer(
-                model=tiny_model(), args=config, train_dataset=data, processing_class=tiny_tokenizer(chat_template)
-            )
-    marked = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
-        "{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
-    )
-    trainer = ConvexTrainer(
-        model=tiny_model(), args=config, train_dataset=data, processing_class=tiny_tokenizer(marked)
-    )
-    labels = trainer.train_dataset[0]["labels"]
-    assert labels[:2] == [-100, -100] and labels[2:] == [7, 2]
-
-
-def test_padding_free_cuts_at_max_length(tmp_path):
-    """TRL asks for `max_length=None` here; the limit is enforced in preparation like everywhere else."""
-    data = rows(8, longest=20)
-    trainer = make(tmp_path, data, eval_data=data, padding_free=True, max_length=12)
-    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 12
-    assert max(len(row["input_ids"]) for row in trainer.eval_dataset) == 12
-    assert trainer.args.max_length == 12
-    wanted = trained(tmp_path, data, max_length=12)
-    trainer.train()
-    assert_same_weights(trainer, wanted)

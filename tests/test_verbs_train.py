@@ -54,7 +54,12 @@ def test_new_model_then_its_checkpoint_then_lora_then_resume(files, tmp_path, ca
     assert read_metrics(second)[0]["nll"] != read_metrics(first)[0]["nll"]
 
     lora = tmp_path / "lora"
-    options = {"model_name_or_path": checkpoint, "use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj"}
+    options = {
+        "model_name_or_path": checkpoint,
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    }
     assert train(lora, "--json", dataset=data, **options, **SHORT) == 0
     assert (lora / "checkpoint-3" / "adapter_model.safetensors").is_file()
     capsys.readouterr()

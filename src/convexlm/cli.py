@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_DONE  # under a launcher, one process speaks for all
     if args.json:
         print(json.dumps(result, ensure_ascii=False, default=str))
     else:

@@ -28,6 +28,12 @@ class ConvexConfig(SFTConfig):
     # Options that may come as a JSON string from the command line.
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective_kwargs"]
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace a loss that is not finite by the mean of the others in logs, as transformers does."
+        },
+    )
     objective: str = field(
         default="convex",
         metadata={"help": "Objective to minimise: `mle`, `convex`, `power`, `dft`, or one that you registered."},

@@ -100,10 +100,7 @@ class HeadCall:
             return None if x is None else x.to(hidden.device)[rows, columns - virtual]
 
         ids = pick(self.sequence_ids)
-        if ids is None:
-            ids = rows
-        else:
-            ids = ids.long().unique(return_inverse=True)[1] + rows * (len(rows) + 1)
+        ids = rows if ids is None else ids.long().unique(return_inverse=True)[1] + rows * (len(rows) + 1)
         # The state before a target predicts it. index_select's gradient is a plain index_add, with no sorting.
         states = hidden.flatten(0, 1).index_select(0, rows * labels.shape[1] + columns - 1)
         return fused_objective(
@@ -235,7 +232,7 @@ def _is_sharded(weight: Any) -> bool:
 def _aux_loss(text_config: Any, backbone: Any, kwargs: dict[str, Any]) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(  # type: ignore[no-any-return]
+    return load_balancing_loss_func(
         backbone.router_logits,
         text_config.num_experts,
         text_config.num_experts_per_tok,

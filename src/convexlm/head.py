@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexlm.head_checks import check_batch, check_transform
 from convexlm.head_chunks import Group, default_chunk_tokens, pieces_of, plan_groups, run_lengths
 from convexlm.head_tiles import (
     TokenNumbers,
@@ -44,8 +45,8 @@ class FusedOutput(ObjectiveOutput):
     """An `ObjectiveOutput`, whose statistics have three more sums, and how it was computed.
 
     `statistics()` also holds `correct` (targets that are the most probable token; the first of equals) and
-    `entropy_sum` (of the next-token distributions, nats), both sample-weighted as `tokens` is, which they divide by to
-    means; without `need_accuracy`, or `need_entropy`, that sum is absent. Token-level `weights` have the labels' shape.
+    `entropy_sum` (of the next-token distributions, nats), both sample-weighted as `tokens` is, by which they divide to
+    means; without `need_accuracy`, or `need_entropy`, that sum is absent. Token-level `weights` are one a label.
 
     Attributes:
         log_probs: (N,) float32 (float64 for float64 input), detached; 0 where the label is -100.
@@ -83,8 +84,8 @@ def fused_objective(
 ) -> FusedOutput:
     """Loss and statistics of target tokens under `objective`, with gradients to `hidden`, the weight and the bias.
 
-    Logits are `softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap)`. Matrix products run in the dtype of
-    `hidden` (autocast's inside autocast; float32 on a CPU whose half precision is slow), all else in float32 or
+    Logits are `softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap)`. Matrix products run in the dtype
+    of `hidden` (autocast's inside autocast; float32 on a CPU whose half precision is slow), all else in float32 or
     better. Under `torch.no_grad()`, or if nothing needs a gradient, none is formed.
 
     Args:
@@ -107,20 +108,20 @@ def fused_objective(
     Raises:
         ValueError: shapes, dtypes, devices or numbers do not fit together.
     """
-    _check(hidden, lm_head_weight, labels, sequence_ids, bias, sample_weights, chunk_tokens, vocab_chunk)
-    if not (isinstance(logit_scale, (int, float)) and 0 < abs(logit_scale) < float("inf")):
-        raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale!r}")
-    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-        raise ValueError(f"logit_softcap must be a finite number above 0, not {logit_softcap!r}")
+    check_batch(hidden, lm_head_weight, labels, sequence_ids, bias, sample_weights, chunk_tokens, vocab_chunk)
+    check_transform(logit_scale, logit_softcap)
     mask = labels != IGNORE_INDEX
     places = None if bool(mask.all()) else mask.nonzero().squeeze(-1)
-    take = (lambda x: x) if places is None else (lambda x: None if x is None else x[places])
+
+    def take(x: Tensor) -> Tensor:
+        return x if places is None else x[places]
+
     pass_ = _Pass(
         take(labels).long(),
         take(sequence_ids),
         objective,
         normalizer,
-        take(sample_weights) if sample_weights is not None else None,
+        None if sample_weights is None else take(sample_weights),
         (float(logit_scale), None if logit_softcap is None else float(logit_softcap)),
         chunk_tokens,
         vocab_chunk,
@@ -128,7 +129,7 @@ def fused_objective(
         recompute,
     )
     kept, vocabulary = pass_.labels, lm_head_weight.shape[0]
-    if len(kept) and not (0 <= int(kept.min()) and int(kept.max()) < vocabulary):
+    if len(kept) and not (int(kept.min()) >= 0 and int(kept.max()) < vocabulary):
         raise ValueError(
             f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}"
         )
@@ -136,42 +137,11 @@ def fused_objective(
     return pass_.output(loss, mask, places)
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    sample_weights: Tensor | None,
-    chunk_tokens: int | None,
-    vocab_chunk: int | None,
-) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be (N, H) and weight (V, H), not {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"hidden and weight must be floating, not {hidden.dtype} and {weight.dtype}")
-    for name, x in (("labels", labels), ("sequence_ids", ids), ("sample_weights", sample_weights)):
-        if x is None:
-            continue
-        if x.shape != hidden.shape[:1]:
-            raise ValueError(f"{name} must be ({hidden.shape[0]},), not {tuple(x.shape)}")
-        if name != "sample_weights" and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
-            raise ValueError(f"{name} must be integers, not {x.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-    devices = {x.device for x in (hidden, weight, labels, ids, bias, sample_weights) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, not on {sorted(map(str, devices))}")
-    for name, number in (("chunk_tokens", chunk_tokens), ("vocab_chunk", vocab_chunk)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
-
-
 def _fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, pass_: _Pass) -> Tensor:
     tensors = (hidden, weight, bias)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
     if any(needs):
-        return _FusedFunction.apply(hidden, weight, bias, pass_, needs)  # type: ignore[no-any-return]
+        return _FusedFunction.apply(hidden, weight, bias, pass_, needs)
     with torch.no_grad():
         return pass_.run(hidden, weight, bias, (False, False, False))[0]
 

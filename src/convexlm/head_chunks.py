@@ -42,7 +42,7 @@ class Group:
 
 @lru_cache(maxsize=64)
 def default_chunk_tokens(vocabulary: int, element_size: int, device: torch.device) -> int:
-    """Tokens whose logits (`element_size` bytes each) fill 1/64 of the device's memory; 256 MB (1 GB on a GPU) at most.
+    """Tokens whose logits (`element_size` bytes each) fill 1/64 of the device's memory, or 256 MB (1 GB on a GPU).
 
     Total memory and not what happens to be free, so that the same run on the same machine gives the same bits.
     """

@@ -183,7 +183,7 @@ def _is_first_maximum(logits: Tensor, chosen: Tensor, top: Tensor, labels: Tenso
 
 
 def hidden_gradient(chunk: Tensor, weight: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out (n, H) = factor (n,) * (chunk (n, V) @ weight (V, H)), accumulated in float32 or better."""
+    """Write factor (n,) * (chunk (n, V) @ weight (V, H)) to out (n, H); products accumulate in float32 or better."""
     if chunk.dtype in HALF and chunk.device.type == "cuda":
         product = torch.mm(chunk, weight, out_dtype=torch.float32)
     else:
@@ -195,7 +195,7 @@ def hidden_gradient(chunk: Tensor, weight: Tensor, factor: Tensor, out: Tensor) 
 
 
 def add_bias_gradient(chunk: Tensor, factor: Tensor, total: Tensor) -> None:
-    """total (V,) += chunk (n, V)^T @ factor (n,), in the dtype of `total`."""
+    """Add chunk (n, V)^T @ factor (n,) to total (V,), in the dtype of `total`."""
     n, vocabulary = chunk.shape
     rows = max(1, min(n, _CPU_ROWS_BYTES // (vocabulary * total.dtype.itemsize)))
     for first in range(0, n, rows):
@@ -207,8 +207,8 @@ class WeightGradient:
     """The sum over chunks of chunk^T @ (factor * hidden): (V, H), summed in float32 or better.
 
     Where the only chunk's product has the result's dtype, it is written straight to the result. On a CPU a half
-    precision product leaves the matrix unit rounded to its own dtype (torch offers no other there); the sum over chunks
-    is in float32 all the same.
+    precision product leaves the matrix unit rounded to its own dtype (torch offers no other there); the sum over
+    chunks is in float32 all the same.
 
     Args:
         weight: (V, H), for the shape and device of the result.

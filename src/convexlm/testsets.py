@@ -1,7 +1,8 @@
 """Test sets: from an entry of a recipe to sources, references and ids.
 
 A kind of test set is one function, registered under its name: `files` (plain text, a path pattern for every stream),
-`sacrebleu` (a set that sacreBLEU knows, read through its own dataset code) and `tinyworld` (the embedded corpus).
+`sacrebleu` (a set that sacreBLEU knows, read through its own dataset code), `summarization` (documents and summaries)
+and `tinyworld` (the embedded corpus).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Loader = Callable[[Mapping[str, Any], str, Path], "TestSet"]
 
 # Kinds whose module registers them; imported when a recipe asks for one.
-_LAZY_KINDS = {"tinyworld": "convexlm.tinyworld.testset"}
+_LAZY_KINDS = {"summarization": "convexlm.testsets_summarization", "tinyworld": "convexlm.tinyworld.testset"}
 _COMMON_KEYS = ("name", "kind", "limit", "pairs")
 
 _KINDS: dict[str, tuple[Loader, tuple[str, ...] | None]] = {}
@@ -85,7 +86,8 @@ def load_test_set(spec: Mapping[str, Any], pair: str, base_dir: str | Path = "."
     Args:
         spec: `name`, `kind` (`files` where it has `sources`), optionally `limit` (the first N lines) and `pairs`
             (the directions it has), and what the kind needs: for `files`, `sources` and optionally `references`, path
-            patterns with `{pair}`, `{src}`, `{tgt}`; for `sacrebleu`, optionally `references: [A]`, the translators.
+            patterns with `{pair}`, `{src}`, `{tgt}`; for `sacrebleu`, optionally `references: [A]`, the translators;
+            for `summarization`, `file`.
         pair: the direction, such as `en-de`.
         base_dir: the folder that relative paths start from.
 

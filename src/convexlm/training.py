@@ -191,7 +191,12 @@ def _new_model(config_name: str, tokenizer: Any, seed: int, options: ModelConfig
 def _peft(options: ModelConfig) -> Any:
     from trl import get_peft_config
 
-    return get_peft_config(options)
+    modules = options.lora_target_modules
+    config = get_peft_config(options)
+    if config is not None and isinstance(modules, str) and modules != "all-linear":
+        # TRL takes a list of one module apart, and PEFT reads a bare string as a pattern for the whole name.
+        config.target_modules = {modules}
+    return config
 
 
 def _quantization(options: ModelConfig) -> Any:

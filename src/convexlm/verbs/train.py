@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+UNHEEDED = {
+    "completion_only_loss": "the loss always covers the completion and its EOS only",
+    "assistant_only_loss": "the last assistant message is the completion; use ConvexTrainer in a script for others",
+    "truncation_mode": "what is too long is cut at the end of the completion",
+    "chat_template_path": "set the template in the tokenizer and choose --template chat",
+    "dataset_text_field": "records are recognised by their keys",
+    "dataset_kwargs": "use ConvexTrainer in a script",
+    "eos_token": "set it in the tokenizer",
+    "pad_token": "set it in the tokenizer",
+}
+SAME_ANYWAY = {("completion_only_loss", True)}
+
+
 class TrainParser(HfArgumentParser, VerbParser):
     """A verb's parser whose options are the fields of dataclasses, as in TRL's and transformers' own scripts."""
 
@@ -67,11 +80,22 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise UserError(str(error).split("\n")[0]) from None
     data, model_options, config = made
+    _refuse_unheeded(config)
     if data.max_records is not None and data.max_records < 1:
         raise UserError(f"--max_records must be at least 1, not {data.max_records}")
+    if config.learning_rate < 0:
+        raise UserError(f"--learning_rate must not be negative, it is {config.learning_rate}")
     if config.max_length is not None and config.max_length < 2:
         raise UserError(f"--max_length must be at least 2 tokens, not {config.max_length}")
     return data, model_options, config
+
+
+def _refuse_unheeded(config: ConvexConfig) -> None:
+    """Options of SFTConfig about TRL's own tokenization, which `convexlm train` does not use: sooner an error."""
+    plain = {f.name: f.default for f in dataclasses.fields(ConvexConfig)}
+    for name, instead in UNHEEDED.items():
+        if getattr(config, name) not in (plain[name], None) and (name, getattr(config, name)) not in SAME_ANYWAY:
+            raise UserError(f"--{name}: not heeded by `convexlm train` and recipes; {instead}")
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -50,9 +50,10 @@ def beam_search(
     Candidates, scores in float32, length penalty, `early_stopping` and the order of ties of the best are those of
     transformers' beam search. Log-probabilities are the model's own: the rules only take tokens out.
     """
-    rows = Rows(model, prompts, pad_id, prefix)
-    device, beams = rows.logits.device, search.num_beams
-    rules = Rules(search, prompts, eos_ids, device)
+    beams = search.num_beams
+    rows = Rows(model, prompts, pad_id, prefix, beams)
+    device = rows.logits.device
+    rules = Rules(search, [prompt for prompt in prompts for _ in range(beams)], eos_ids, device)
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     width = max(2, 1 + len(eos_ids)) * beams  # so many candidates that `beams` of them do not end
     finished = [_Finished(beams) for _ in prompts]
@@ -63,7 +64,6 @@ def beam_search(
     scores[:, 0] = 0.0
     sums = torch.zeros((len(prompts), beams), dtype=torch.float64, device=device)
     answers = torch.empty((len(prompts), beams, 0), dtype=torch.long, device=device)
-    _repeat(rows, rules, beams, device)
     for length in range(1, search.max_new_tokens + 1):
         log_probs = rules.apply(rows.logits.log_softmax(dim=1)).view(len(owners), beams, -1)
         vocabulary = log_probs.shape[2]
@@ -74,12 +74,14 @@ def beam_search(
         ends = torch.isin(tokens, eos) if length < search.max_new_tokens else torch.ones_like(tokens, dtype=torch.bool)
 
         if bool(ends[:, :beams].any()):
-            divided = (best / length**search.length_penalty).tolist()
-            for row, column in ends[:, :beams].nonzero().tolist():
-                if done[owners[row]]:
-                    continue
-                answer = [*answers[row, parents[row, column]].tolist(), int(tokens[row, column])]
-                finished[owners[row]].add(divided[row][column], answer, float(candidate_sums[row, column]))
+            where = ends[:, :beams].nonzero()
+            row_of, column = where.unbind(1)
+            divided = (best / length**search.length_penalty)[row_of, column].tolist()
+            stems = answers[row_of, parents[row_of, column]].tolist()
+            lasts, totals = tokens[row_of, column].tolist(), candidate_sums[row_of, column].tolist()
+            for row, score, stem, last, total in zip(row_of.tolist(), divided, stems, lasts, totals, strict=True):
+                if not done[owners[row]]:
+                    finished[owners[row]].add(score, [*stem, last], total)
         if length == search.max_new_tokens:
             break
 
@@ -96,24 +98,17 @@ def beam_search(
         source = parents + torch.arange(len(owners), device=device)[:, None] * beams
         if (len(owners) - len(left)) * DROPPED_AT_ONCE >= len(owners):
             index = torch.tensor(left, device=device)
-            scores, sums, answers, tokens, source = (part[index] for part in (scores, sums, answers, tokens, source))
+            scores, sums, answers, tokens = scores[index], sums[index], answers[index], tokens[index]
+            parents, source = parents[index], source[index]
             owners = [owners[row] for row in left]
-            rows.take(source.flatten())
-        else:
-            rows.reorder(source.flatten())
+            rows.take(index)
         rules.take(source.flatten())
         rules.append(tokens.flatten())
-        rows.step(tokens.flatten())
+        rows.step(tokens, parents)
     ending = set(eos_ids)
     return [
         [Hypothesis(tokens, log_prob, tokens[-1] in ending) for _, tokens, log_prob in own.entries] for own in finished
     ]
-
-
-def _repeat(rows: Rows, rules: Rules, beams: int, device: torch.device) -> None:
-    index = torch.arange(len(rows.logits), device=device).repeat_interleave(beams)
-    rows.take(index)
-    rules.take(index)
 
 
 def _over(scores: torch.Tensor, finished: list[_Finished], search: Search, length: int) -> list[bool]:

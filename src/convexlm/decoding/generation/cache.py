@@ -1,4 +1,4 @@
-"""A key-value cache whose rows can be repeated, reordered and dropped, and that grows without being copied."""
+"""A key-value cache whose rows can be dropped, and that grows without being copied."""
 
 from __future__ import annotations
 
@@ -43,9 +43,6 @@ class _Buffer:
         data[:, :, : self.length] = self._data[rows, :, : self.length]
         self._data = data
 
-    def reorder(self, rows: torch.Tensor, begin: int) -> None:
-        self._data[:, :, begin : self.length] = self._data[rows, :, begin : self.length]
-
 
 class RowLayer(DynamicLayer):
     """One layer's keys and values, in buffers."""
@@ -85,11 +82,6 @@ class RowCache(DynamicCache):
             own.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
 
     def take(self, rows: torch.Tensor) -> None:
-        """Make row i what was `rows[i]`: some rows are dropped, or repeated."""
+        """Keep the rows `rows` (indices) only."""
         for layer in self.layers:
             layer.change(lambda buffer: buffer.take(rows))
-
-    def reorder(self, rows: torch.Tensor, begin: int) -> None:
-        """Make row i, from position `begin` on, what was `rows[i]`; the number of rows stays."""
-        for layer in self.layers:
-            layer.change(lambda buffer: buffer.reorder(rows, begin))

@@ -54,5 +54,5 @@ def greedy_search(
             rules.take(index)
             chosen = chosen[index]
             owners = [owners[row] for row in left]
-        rows.step(chosen)
+        rows.step(chosen[:, None])
     return [Hypothesis(answer, total, not still) for answer, total, still in zip(tokens, sums, open_, strict=True)]

@@ -40,6 +40,8 @@ def why_not(model: Any) -> str:
     layers = DynamicCache(config=model.config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return "its layers keep more, or less, than the keys and values of all positions"
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return f"its attention ({getattr(config, '_attn_implementation', None)}) takes no mask of ours"
     if _rope_types(getattr(config, "rope_parameters", None)) & set(_ROPE_BY_LENGTH):
         return "its position angles depend on the prompt's length"
     return ""
@@ -79,65 +81,84 @@ def _new_cache(model: Any) -> RowCache:
 class Rows:
     """Prompts in a model, left-padded, and what was generated after each so far.
 
+    The beams of a prompt share its keys and values: they are so many queries of one row, and a mask says which of the
+    row's generated positions are whose. So nothing is copied when beams change places.
+
     Args:
         model: a model that `why_not` has nothing against.
         prompts: token ids, each beginning with `prefix.ids` and going on after them.
         pad_id: the token that fills the rows of shorter prompts; it is masked.
         prefix: the prompts' shared head.
+        beams: beams of a prompt.
 
     Attributes:
-        logits: (rows, V) float32, of the token to come.
-        width: the positions that prefix, padding and prompts take.
+        logits: (prompts * beams, V) float32, of the token to come; the beams of a prompt stand one after the other.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], pad_id: int, prefix: Prefix) -> None:
+    def __init__(self, model: Any, prompts: Sequence[list[int]], pad_id: int, prefix: Prefix, beams: int = 1) -> None:
         self._model = model
+        self._beams = beams
         self._cache = _new_cache(model)
         head = len(prefix.ids)
         own = [prompt[head:] for prompt in prompts]
         most = max(map(len, own))
         if prefix.cache is not None:
             self._cache.fill(prefix.cache, len(prompts))
-        ids = torch.tensor([[pad_id] * (most - len(row)) + row for row in own], device=model.device)
-        lengths = torch.tensor([len(row) for row in own], device=model.device)
-        places = torch.arange(most, device=model.device) - (most - lengths)[:, None]
-        self._mask: torch.Tensor | None = None
-        if int(lengths.min()) < most:
-            whole = torch.ones((len(own), head), dtype=torch.bool, device=model.device)
-            self._mask = torch.cat((whole, places >= 0), dim=1)
+        device = model.device
+        ids = torch.tensor([[pad_id] * (most - len(row)) + row for row in own], device=device)
+        lengths = torch.tensor([len(row) for row in own], device=device)
+        places = torch.arange(most, device=device) - (most - lengths)[:, None]
+        whole = torch.ones((len(own), head), dtype=torch.bool, device=device)
+        self._prompt_mask = torch.cat((whole, places >= 0), dim=1)
+        self._padded = int(lengths.min()) < most
+        self._tail = torch.empty((len(own), beams, 0), dtype=torch.bool, device=device)
         self._positions = head + lengths
-        self.width = head + most
-        self.logits = self._forward(ids, head + places.clamp(min=0))
+        mask = self._prompt_mask if self._padded else None
+        self.logits = self._forward(ids, mask, head + places.clamp(min=0))[:, -1].repeat_interleave(beams, dim=0)
 
-    def step(self, tokens: torch.Tensor) -> None:
-        """Append a token to each row: tokens (rows,) int64; `logits` are then those of the next."""
-        if self._mask is not None:
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
-        self.logits = self._forward(tokens[:, None], self._positions[:, None])
+    def step(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> None:
+        """Append a token to each beam; `logits` are then those of the next.
+
+        Args:
+            tokens: (prompts, beams) int64.
+            parents: (prompts, beams) int64, which beam of the same prompt each one goes on from; None: itself.
+        """
+        rows, beams = tokens.shape
+        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
+        if parents is not None:
+            self._tail = self._tail.gather(1, parents[:, :, None].expand(-1, -1, self._tail.shape[2]))
+        self._tail = torch.cat((self._tail, itself), dim=2)
+        mask: torch.Tensor | None
+        if beams > 1:
+            prompt = self._prompt_mask[:, None].expand(-1, beams, -1)
+            mask = self._for_attention(torch.cat((prompt, self._tail), dim=2)[:, None])
+        elif self._padded:
+            mask = torch.cat((self._prompt_mask, self._tail[:, 0]), dim=1)
+        else:
+            mask = None
+        self.logits = self._forward(tokens, mask, self._positions[:, None].expand(-1, beams)).flatten(0, 1)
         self._positions = self._positions + 1
 
     def take(self, rows: torch.Tensor) -> None:
-        """Make row i what was `rows[i]`, in the cache too: drops rows, or repeats them."""
+        """Keep the prompts `rows` (indices) only, in the cache too; `logits` are void until the next step."""
         self._cache.take(rows)
         self._positions = self._positions[rows]
-        self.logits = self.logits[rows]
-        if self._mask is not None:
-            self._mask = self._mask[rows]
+        self._prompt_mask = self._prompt_mask[rows]
+        self._tail = self._tail[rows]
 
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Make row i's generated part what was that of `rows[i]`, a row of the same prompt."""
-        self._cache.reorder(rows, self.width)
+    def _for_attention(self, mask: torch.Tensor) -> torch.Tensor:
+        if self._model.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self._model.dtype  # eager attention adds its mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return (
-            self._model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, kept, V) in float32: of all places of a step, of the last of the prompts."""
+        return self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=self._beams if self._tail.shape[2] else 1,
+        ).logits.float()
