@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/theory_tabular.py --output results/theory_tabular.json
 
 Sentences of the embedded corpus have exact distributions over translations. Two models are trained on those with the
-objectives of `convexlm.objectives`, on every translation at once with its probability as sample weight: a table (a free
-softmax at every prefix, which can represent any distribution over the translations) and a small GRU over the whole
-vocabulary, conditioned on the sentence. Tokens are words, and the end is one. Models start at random; a run with a k
-goes on from the mle run, as in two-stage training. About a CPU minute. Prints a table and writes JSON.
+objectives of `convexlm.objectives`, on every translation at once with its probability as sample weight: a table (a
+free softmax at every prefix, which can represent any distribution over the translations) and a small GRU over the
+whole vocabulary, conditioned on the sentence. Tokens are words, and the end is one. Models start at random; a run with
+a k goes on from the mle run, as in two-stage training. About a CPU minute. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ def main() -> None:
     corpus = Corpus(args.direction, args.sentences, args.seed)
     models = {"table": (Table, args.table_steps, 0.05), "gru": (SmallGru, args.gru_steps, 0.01)}
     results = []
-    print(
-        "model weighting objective   H predicted learned   mode predicted learned   distance to it, to the data, elsewhere"
-    )
+    print("model weighting objective   H predicted learned   mode predicted learned   TV to it   to data   elsewhere")
     for kind, (make, steps, rate) in models.items():
         for weighting in ("token", "sequence"):
             if kind == "gru" and weighting == "sequence":
@@ -175,7 +173,8 @@ def main() -> None:
                     f"{kind:5} {weighting:9} {name:6} {options.get('k', ''):4} "
                     f"{row['entropy_predicted']:11.3f} {row['entropy_learned']:7.3f}   "
                     f"{row['mode_predicted']:14.3f} {row['mode_learned']:7.3f}   "
-                    f"{row['distance_to_prediction']:14.4f} {row['distance_to_data']:12.4f} {row['mass_elsewhere']:10.1e}",
+                    f"{row['distance_to_prediction']:8.1e} {row['distance_to_data']:9.4f} "
+                    f"{row['mass_elsewhere']:11.1e}",
                     flush=True,
                 )
     content = {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before anything of Hugging Face is imported: no test may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 
 

@@ -17,10 +17,12 @@ import trl.trainer.utils as trl_utils
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused_on_two
-from convexlm import fused_forward
+from convexlm import ConvexConfig, ConvexTrainer, fused_forward
+from convexlm.collator import ROW, WEIGHT
 from convexlm.fused_forward import HeadCall, add_fused_objective
-from convexlm.objectives import get_objective
-from training_helpers import environment, tiny_model
+from convexlm.objectives import get_objective, merge_statistics
+from trainer_helpers import assert_same_weights, logged, trained
+from training_helpers import STATISTICS, environment, rows, tiny_model
 
 CONVEX = get_objective("convex", k=0.5)
 SMALL = {
@@ -258,6 +260,62 @@ def test_the_head_is_as_before_after_an_error():
         model(**inputs, labels=labels, fused_objective=HeadCall(CONVEX, normalizer=-1.0))
     assert "forward" not in model.lm_head.__dict__
     assert model(**inputs).logits.shape == (3, 12, 44)
+
+
+class FullPath(ConvexTrainer):
+    """The trainer with TRL's head for the log-probabilities, and the objective of them."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        weights, _ = inputs.pop(WEIGHT, None), inputs.pop(ROW, None)
+        out = model(**inputs, use_cache=False, fused_lm_head=True)
+        mask, ids = out.label_mask, inputs.get("seq_idx")
+        if ids is None:
+            ids = torch.zeros_like(inputs["labels"])
+        weights = None if weights is None else weights[:, 1:]
+        scored = self.objective(out.log_probs, mask, ids[:, 1:], num_items_in_batch, weights)
+        counts = mask.double() if weights is None else weights * mask
+        statistics = scored.statistics()
+        statistics["correct"] = (out.is_top1 * counts).sum().double()
+        statistics["entropy_sum"] = (out.entropy.detach() * counts).sum().double()
+        kept = self._statistics["train"]
+        self._statistics["train"] = statistics if kept is None else merge_statistics(kept, statistics)
+        return scored.loss
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"head": "recompute"}, {"head_chunk_tokens": 11}, {"head_chunk_tokens": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "convex"},
+        {"objective": "convex", "length_weighting": "sequence", "packing": True},
+        {"objective": "power", "padding_free": True},
+        {"objective": "dft", "bf16": True},
+        {"objective": "mle", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_trainer_goes_the_way_it_went_with_trls_head(tmp_path, settings, head):
+    data = rows(21, weights=True)
+    settings = {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    got = trained(tmp_path / "fused", data, **settings, **head)
+    wanted = trained(tmp_path / "full", data, cls=FullPath, **settings)
+    tolerance = 2e-2 if settings.get("bf16") else 1e-5
+    for name in ("loss", "grad_norm", *STATISTICS[1:]):
+        if name in ("token_accuracy", "weight_min") and settings.get("bf16"):
+            continue  # a rounding decides
+        torch.testing.assert_close(logged(got, name), logged(wanted, name), rtol=tolerance, atol=1e-7, msg=name)
+    assert_same_weights(got, wanted, rtol=tolerance, atol=1e-2 * tolerance + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"head": "full"}, "`head` is"), ({"head_chunk_tokens": 0}, "at least 1")]
+)
+def test_options_of_the_head_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ConvexConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
 @pytest.mark.slow

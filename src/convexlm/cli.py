@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -38,6 +37,16 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code (0 done, 2 the user's input is wrong, 1 anything else)."""
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that goes away early (`| head`) is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -50,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse("convexlm", f"unknown verb `{verb}`; known: {', '.join(VERBS)}")
     # Tokenizing before forking workers makes the tokenizers library warn at every start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A reader that closes the pipe early (`| head`) is no error.
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if not sys.warnoptions:
         # What libraries will do in a later release is nothing that a user of this one can act on.
         warnings.simplefilter("ignore", FutureWarning)

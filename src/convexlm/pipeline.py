@@ -38,6 +38,11 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     """
     from convexlm.evaluation import evaluate
 
+    if world_size() > 1:
+        raise UserError(
+            "`convexlm run` is one process; under a launcher, train an arm with "
+            "`accelerate launch -m convexlm.cli train ...`"
+        )
     folder = RunFolder(Path(run_dir))
     begun = time.monotonic()
     # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.

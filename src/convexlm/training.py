@@ -110,13 +110,17 @@ def train_model(
     _add_callbacks(trainer, settings, title)
     if last is not None:
         note(f"  {title}: going on from {last.name}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    # Resumed at its very end, transformers' loop would train one step more before it looks.
+    steps = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
+    if steps < trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        steps = trainer.state.global_step
     checkpoints = complete_checkpoints(output_dir)
     return {
         "output_dir": str(output_dir),
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "records": len(tokenized.rows),
         "dropped": list(tokenized.dropped),
         "truncated": tokenized.truncated,

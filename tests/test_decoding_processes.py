@@ -1,0 +1,223 @@
+"""Decoding in several processes, and with real models under kill -9, a second run and a full disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convexlm.cli import main
+from convexlm.decoding import decode_jobs
+from convexlm.decoding.pool import Pool
+from convexlm.errors import UserError
+from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, read
+
+MANY = [f"{source} {word}" for word in ("house", "dog", "tree") for source in SOURCES]
+OPTIONS = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("processes") / "checkpoint-60", steps=60)
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last digits of log-probabilities depend on the number of threads: the same in all processes."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def jobs_in(folder: Path) -> list[Any]:
+    return [
+        make_job(folder / "greedy.jsonl", MANY, **OPTIONS),
+        make_job(folder / "beam.jsonl", MANY, num_beams=3, num_return_sequences=2, **OPTIONS),
+    ]
+
+
+def test_any_number_of_processes_gives_the_same_bytes(checkpoint: Path, tmp_path: Path, one_thread: None):
+    reports: list[Any] = []
+    for number in (1, 2, 3):
+        jobs = jobs_in(tmp_path / str(number))
+        results = decode_jobs(
+            checkpoint, jobs, device="cpu", batch_size=4, num_processes=number, progress=reports.append
+        )
+        assert [result.num_sentences for result in results] == [len(MANY)] * 2
+        assert all(result.sentences_per_second > 0 for result in results)
+        assert not list((tmp_path / str(number)).glob("*.part"))
+    for name in ("greedy.jsonl", "beam.jsonl"):
+        whole = (tmp_path / "1" / name).read_bytes()
+        assert [json.loads(line)["source"] for line in whole.decode().split("\n")[:-1]] == MANY
+        assert (tmp_path / "2" / name).read_bytes() == whole
+        assert (tmp_path / "3" / name).read_bytes() == whole
+    assert {report.done for report in reports if report.job.endswith("greedy")} >= {0, len(MANY)}
+
+
+def test_the_batch_of_a_worker_that_dies_goes_to_another(
+    checkpoint: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+):
+    whole = make_job(tmp_path / "whole.jsonl", MANY, **OPTIONS)
+    decode_jobs(checkpoint, [whole], device="cpu", batch_size=2)
+    pools: list[Pool] = []
+    original = Pool.run
+
+    def run(self: Pool, batches: Any) -> Any:
+        pools.append(self)
+        yield from original(self, batches)
+
+    monkeypatch.setattr(Pool, "run", run)
+    killed: list[int] = []
+
+    def kill_one(report: Any) -> None:
+        if report.done and not killed:
+            rank = max(pools[0]._workers)
+            killed.append(rank)
+            pools[0]._workers[rank].kill()
+
+    job = make_job(tmp_path / "out.jsonl", MANY, **OPTIONS)
+    decode_jobs(checkpoint, [job], device="cpu", batch_size=2, num_processes=2, progress=kill_one)
+    assert killed
+    assert job.output_file.read_bytes() == whole.output_file.read_bytes()
+
+    def kill_all(report: Any) -> None:
+        if report.done:
+            for worker in pools[1]._workers.values():
+                worker.kill()
+
+    other = make_job(tmp_path / "other.jsonl", MANY, **OPTIONS)
+    with pytest.raises(UserError, match="a decoding process died.*signal 9.*the same command goes on"):
+        decode_jobs(checkpoint, [other], device="cpu", batch_size=2, num_processes=2, progress=kill_all)
+    assert 0 < len(read(tmp_path / "other.jsonl.part")) - 1 < len(MANY)
+    result = decode_jobs(checkpoint, [other], device="cpu", batch_size=2)[0]
+    assert result.resumed > 0
+    assert other.output_file.read_bytes() == whole.output_file.read_bytes()
+
+
+def test_what_a_worker_refuses_is_said_in_one_line(checkpoint: Path, tmp_path: Path):
+    long = make_job(tmp_path / "out.jsonl", ["house " * 600], **OPTIONS)
+    with pytest.raises(UserError, match=r"sentence 0 has \d+ tokens"):
+        decode_jobs(checkpoint, [long], device="cpu", num_processes=2)
+    broken = fake_checkpoint(tmp_path / "broken")
+    with pytest.raises(UserError, match="broken"):
+        decode_jobs(broken, [make_job(tmp_path / "out.jsonl")], device="cpu", num_processes=2)
+    for number in (0, -1, True):
+        with pytest.raises(UserError, match="num_processes must be"):
+            decode_jobs(checkpoint, [long], device="cpu", num_processes=number)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_verb_takes_the_number(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sources = tmp_path / "a.en"
+    sources.write_text("".join(source + "\n" for source in SOURCES))
+    required = ["--model_name_or_path", str(checkpoint), "--sources", str(sources), "--pair", "en-de"]
+    more = ["--max_new_tokens", "8", "--device", "cpu", "--num_processes", "2", "--json"]
+    assert main(["decode", *required, "--output_file", str(tmp_path / "out.jsonl"), *more]) == 0
+    assert json.loads(capsys.readouterr().out)["num_sentences"] == len(SOURCES)
+    assert json.loads((tmp_path / "out.meta.json").read_text())["num_processes"] == 2
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from convexlm.decoding import decode_jobs
+from test_decoding_processes import MANY, OPTIONS, jobs_in, make_job
+folder, model = Path(sys.argv[1]), Path({model!r})
+decode_jobs(model, jobs_in(folder), device="cpu", batch_size=1, num_processes=2)
+if {converted}:
+    job = make_job(folder / "converted.jsonl", MANY, **OPTIONS)
+    decode_jobs(model, [job], device="cpu", batch_size=1, backend="ctranslate2")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path: Path):
+    """Anywhere: imports, model load in two workers, appends, the last steps of a file, conversion."""
+    converted = importlib.util.find_spec("ctranslate2") is not None
+    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), converted=converted)
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CONVEXLM_CACHE": str(tmp_path / f"{name}-cache")}
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    duration = time.monotonic() - began
+    chance, kills, rounds, halfway = random.Random(11), 0, 0, 0
+    while kills < 25:
+        name = f"killed{rounds}"
+        rounds += 1
+        for _ in range(8):
+            process = start(name)
+            try:
+                assert process.wait(chance.uniform(0.1, 1.0) * duration) == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                halfway += any(part.stat().st_size for part in (tmp_path / name).glob("*.part"))
+        else:
+            assert start(name).wait() == 0
+        files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
+        for file in files:
+            if file.endswith(".jsonl"):
+                assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert halfway > 3
+
+
+def test_a_second_run_is_refused_while_the_first_decodes(checkpoint: Path, tmp_path: Path):
+    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), converted=False)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    part = tmp_path / "greedy.jsonl.part"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while not part.exists() and process.poll() is None:
+            time.sleep(0.005)
+        with pytest.raises(UserError, match="another process is decoding into it right now"):
+            decode_jobs(checkpoint, jobs_in(tmp_path), device="cpu", batch_size=1)
+        assert process.wait() == 0
+    assert len(read(tmp_path / "greedy.jsonl")) == len(MANY)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, tmp_path: Path):
+    """With a limit on the size of files in place of a small disk."""
+    sources = tmp_path / "a.en"
+    sources.write_text("".join(source + "\n" for source in MANY))
+    out = tmp_path / "out.jsonl"
+    required = ["--model_name_or_path", str(checkpoint), "--sources", str(sources), "--pair", "en-de"]
+    argv = ["decode", *required, "--output_file", str(out), "--max_new_tokens", "8", "--device", "cpu"]
+    argv += ["--batch_size", "2"]
+    process = subprocess.run(
+        [sys.executable, "-m", "convexlm.cli", *argv],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    error = process.stderr.strip().split("\n")[-1]
+    assert "cannot be written (File too large)" in error
+    assert "the same command goes on from there" in error
+    kept = len(read(tmp_path / "out.jsonl.part")) - 1
+    assert 0 < kept < len(MANY)
+    assert f"{kept} of {len(MANY)} sentences are safe" in error
+    assert main(argv) == 0
+    assert len(read(out)) == len(MANY)
+    assert json.loads((tmp_path / "out.meta.json").read_text())["resumed"] == kept
