@@ -6,7 +6,8 @@ Every candidate has a process of its own; they take turns, one repeat each, so t
 all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as
 the operating system counts it (on a GPU: allocated memory as CUDA counts it), less what it held before the first
 repeat.
-Writes OUTPUT.json and prints the tables. Candidates that need CUDA are listed as not measured elsewhere.
+Writes OUTPUT.json (a table that is there already is replaced) and prints the tables. Candidates that need CUDA are
+listed as not measured elsewhere.
 """
 
 from __future__ import annotations
@@ -54,14 +55,20 @@ def main() -> None:
         return
     if "step" in args.level and not args.data:
         parser.error("--data is needed for whole steps: a folder with alpaca/ and tokenizers/")
-    found: dict[str, Any] = {"about": _about(), "head": [], "step": []}
-    for table in _tables(args, found["about"]["device"]):
+    about, file = _about(), Path(f"{args.output}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for table in _tables(args, about["device"]):
+        before = os.getloadavg()[0]
         rows = _measure(table)
-        found[table["level"]].append({key: table[key] for key in ("title", "settings")} | {"candidates": rows})
         _show(table, rows)
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        found["about"]["load_average"].append(round(os.getloadavg()[0], 1))
-        Path(f"{args.output}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        load = [round(before, 1), round(os.getloadavg()[0], 1)]
+        settings = {key: value for key, value in table["settings"].items() if key != "data"}
+        entry = {"title": table["title"], "settings": settings, "about": {**about, "load_average": load}}
+        # Tables of earlier runs stay, but for one that was measured again.
+        kept = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
+        kept = [old for old in kept if (old["title"], old["about"]["device"]) != (entry["title"], about["device"])]
+        found = {"tables": [*kept, {**entry, "candidates": rows}]}
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
@@ -217,7 +224,6 @@ def _about() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": packages,
         "malloc_settings": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
-        "load_average": [round(os.getloadavg()[0], 1)],
     }
 
 

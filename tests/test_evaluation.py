@@ -11,9 +11,9 @@ import sacrebleu
 
 from convexlm.errors import UserError
 from convexlm.evaluation import evaluate, read_scores
-from convexlm.pipeline import decoded_checkpoints
 from convexlm.recipe import load_recipe
 from convexlm.runs import RunFolder, TrainedRun, trained_runs
+from convexlm.sweep import decoded_checkpoints
 from convexlm.testsets import TestSet
 from pipeline_helpers import recipe_with, snapshot, write_recipe
 

@@ -28,6 +28,7 @@ VERBS = {
     "score": "score hypotheses with sacreBLEU",
     "compare": "compare systems with a paired significance test",
     "report": "write a run's report as one HTML page",
+    "diagnose": "say what an objective would do to your data and model, before you train",
     "theory": "compute the distribution that an objective wants, or write the page that shows it",
 }
 

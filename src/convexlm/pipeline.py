@@ -17,13 +17,14 @@ from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, to_json_line, write_atomic, write_jsonl
 from convexlm.progress import note
 from convexlm.recipe import is_whole
-from convexlm.runs import RunFolder, TrainedRun, trained_runs
+from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, trained_runs
+from convexlm.sweep import decode_stage, read_instruction
 from convexlm.testsets import TestSet, load_test_set
 
 if TYPE_CHECKING:
-    from convexlm.recipe import Arm, Recipe
+    from collections.abc import Sequence
 
-DONE_FILE = "done.json"
+    from convexlm.recipe import Arm, Recipe
 
 
 def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
@@ -48,17 +49,18 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
     if not folder.check(recipe):
         check_files(recipe)
-    test_sets = load_test_sets(recipe)
+    test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
+    check_apart(test_sets, validation_sets)
     with folder.lock():
         folder.claim(recipe)
         note(f"[1/5] data  {_prepare_data(recipe, folder)}")
-        _write_references(folder, test_sets)
+        _write_references(folder, [*test_sets, *validation_sets])
         runs = trained_runs(recipe)
         for number, run in enumerate(runs, start=1):
             _train(recipe, folder, run, f"[2/5] train {run.name} ({number} of {len(runs)})")
-        _decode(recipe, folder, runs, test_sets)
+        decode_stage(recipe, folder, runs, test_sets, validation_sets)
         note("[4/5] score and compare")
-        comparison = evaluate(recipe, folder, runs, test_sets)
+        comparison = evaluate(recipe, folder, runs, test_sets, validation_sets)
         note("[5/5] report")
         _report(folder)
     return {
@@ -77,11 +79,37 @@ def load_test_sets(recipe: Recipe) -> list[TestSet]:
     Raises:
         UserError: as `load_test_set`, or there are no references to score against.
     """
-    test_sets = [load_test_set(spec, pair, Path.cwd()) for spec in recipe.test_sets for pair in spec["pairs"]]
-    for test_set in test_sets:
-        if not test_set.references:
-            raise UserError(f"test set `{test_set.name}`, {test_set.pair}: there are no `references` to score against")
-    return test_sets
+    return _load_sets(recipe.test_sets)
+
+
+def load_validation_sets(recipe: Recipe) -> list[TestSet]:
+    """Every (validation set, pair) of a recipe, as `load_test_sets` reads test sets."""
+    return _load_sets(recipe.validation_sets)
+
+
+def _load_sets(specs: Sequence[dict[str, Any]]) -> list[TestSet]:
+    sets = [load_test_set(spec, pair, Path.cwd()) for spec in specs for pair in spec["pairs"]]
+    for one in sets:
+        if not one.references:
+            raise UserError(f"test set `{one.name}`, {one.pair}: there are no `references` to score against")
+    return sets
+
+
+def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]) -> None:
+    """See that no validation set is a test set under another name.
+
+    Raises:
+        UserError: more than half of a validation set's sentence pairs are those of a test set.
+    """
+    for test in test_sets:
+        seen = set(zip(test.sources, test.references[0], strict=True))
+        for one in (one for one in validation_sets if one.pair == test.pair):
+            shared = sum(pair in seen for pair in zip(one.sources, one.references[0], strict=True))
+            if 2 * shared > len(one.sources):
+                raise UserError(
+                    f"validation set `{one.name}`, {one.pair}: {shared} of its {len(one.sources)} sentence pairs are "
+                    f"in the test set `{test.name}`; name another, or say `selection: test`"
+                )
 
 
 def check_files(recipe: Recipe) -> None:
@@ -104,7 +132,7 @@ def check_files(recipe: Recipe) -> None:
     model = recipe.model.get("model_name_or_path")
     if model and Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
-    _instruction(recipe)
+    read_instruction(recipe)
 
 
 # -- data
@@ -287,85 +315,7 @@ def _training_identity(options: dict[str, Any], folder: RunFolder) -> str:
     return json_sha256(plain)
 
 
-# -- decode
-
-
-def decoded_checkpoints(recipe: Recipe, folder: RunFolder, run: TrainedRun) -> list[Path]:
-    """The checkpoints of a run that the recipe decodes.
-
-    Raises:
-        UserError: the recipe asks for a step that was not saved.
-    """
-    done = json.loads((folder.train(run) / DONE_FILE).read_text(encoding="utf-8"))
-    names = done["checkpoints"]
-    wanted = recipe.decode["checkpoints"]
-    if wanted == "last":
-        names = names[-1:]
-    elif wanted != "all":
-        chosen = [f"checkpoint-{step}" for step in wanted]
-        if missing := [name for name in chosen if name not in names]:
-            raise UserError(f"decode.checkpoints: {run.name} has no {missing[0]}; it has: {', '.join(names)}")
-        names = chosen
-    return [folder.train(run) / name for name in names]
-
-
-def _decode(recipe: Recipe, folder: RunFolder, runs: list[TrainedRun], test_sets: list[TestSet]) -> None:
-    from convexlm.decoding import DecodeJob, Search, decode_jobs
-    from convexlm.decoding.progress import progress_lines
-    from convexlm.tokenization import PromptSettings
-
-    searches = [Search.from_mapping(options) for options in recipe.decode["searches"]]
-    todo = [
-        (run, checkpoint)
-        for run in runs
-        if recipe.arm(run.arm).decode
-        for checkpoint in decoded_checkpoints(recipe, folder, run)
-    ]
-    for number, (run, checkpoint) in enumerate(todo, start=1):
-        settings = PromptSettings.load(checkpoint)
-        jobs = [
-            DecodeJob(
-                test_set=test_set,
-                search=search,
-                output_file=folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search.name),
-                settings=settings,
-                instruction=_instruction(recipe),
-            )
-            for test_set in test_sets
-            for search in searches
-        ]
-        title = f"[3/5] decode {run.name} {checkpoint.name} ({number} of {len(todo)})"
-        with progress_lines(title) as progress:
-            results = decode_jobs(
-                checkpoint,
-                jobs,
-                backend=recipe.decode.get("backend", "hf"),
-                device=recipe.decode.get("device"),
-                dtype=recipe.decode.get("dtype"),
-                batch_size=recipe.decode.get("batch_size"),
-                progress=progress,
-            )
-        note(f"{title}: {_decoded(results)}")
-        gc.collect()
-
-
-def _decoded(results: list[Any]) -> str:
-    fresh = sum(result.num_sentences - result.resumed for result in results)
-    if not fresh:
-        return "done"
-    cut = sum(result.cut for result in results)
-    return f"{fresh} sentences" + (f", {cut} cut at max_new_tokens" if cut else "")
-
-
-def _instruction(recipe: Recipe) -> str | None:
-    from convexlm.files import read_text
-
-    if path := recipe.decode.get("instruction_file"):
-        text = read_text(path).strip("\r\n")
-        if not text.strip():
-            raise UserError(f"decode.instruction_file {path}: the file is empty")
-        return text
-    return recipe.decode.get("instruction")
+# -- report
 
 
 def _report(folder: RunFolder) -> None:

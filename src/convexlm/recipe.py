@@ -10,6 +10,9 @@
                                                # gradient_accumulation_steps by the number of processes
     arms: {mle: {objective: mle}, convex-k1: {objective: convex, k: 1.0, init_from: ARM}}
     test_sets: [{name: ..., pairs: [de-en], sources: ..., references: ...}]
+    validation_sets: [...]                     # as test_sets; for `selection: validation`
+    selection: last                            # the checkpoint to compare at: last, validation, or test (which is
+                                               # said in red); {on: validation, metric: bleu, search: greedy}
     decode: {searches: [{num_beams: 4}], checkpoints: all, batch_size: 8, instruction: ...}
     score: {metrics: [bleu, chrf]}
     compare: {baseline: mle, n_samples: 1000, seed: 12345}
@@ -29,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.options import did_you_mean, load_yaml, parse_yaml
 from convexlm.plugins import load_plugins
+from convexlm.selection import check_selection
 from convexlm.templates import get_template, split_pair
 
 if TYPE_CHECKING:
@@ -46,7 +50,8 @@ SECTIONS: dict[str, set[str]] = {
     "score": {"metrics"},
     "compare": {"baseline", "n_samples", "seed"},
 }
-TOP_LEVEL = {"name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", "test_sets", *SECTIONS}
+SETS = ("test_sets", "validation_sets")
+TOP_LEVEL = {"name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", *SETS, "selection", *SECTIONS}
 ARM_KEYS = {"init_from", "decode", "dataset"}
 
 
@@ -76,6 +81,8 @@ class Recipe:
     metrics: tuple[str, ...]
     compare: dict[str, Any]
     source: Path = field(default_factory=Path)
+    validation_sets: tuple[dict[str, Any], ...] = ()
+    selection: dict[str, Any] = field(default_factory=lambda: {"on": "last"})
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
@@ -131,6 +138,9 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         raise wrong("`train` must be a mapping of training options")
     arms = _check_arms(raw, wrong)
     _in_recipe("data.template", lambda: get_template(str(raw["data"].get("template", "alpaca"))), wrong)
+    seen: set[tuple[str, str]] = set()
+    test_sets = _check_test_sets(raw.get("test_sets"), wrong, seen)
+    validation_sets = _check_test_sets(raw["validation_sets"], wrong, seen) if raw.get("validation_sets") else ()
     recipe = Recipe(
         name=name,
         resolved=raw,
@@ -138,12 +148,14 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         seeds=_check_seeds(raw.setdefault("seeds", [42]), wrong),
         model=raw["model"],
         data=raw["data"],
-        test_sets=_check_test_sets(raw.get("test_sets"), wrong),
+        test_sets=test_sets,
         decode=_check_decode(raw["decode"], wrong),
         metrics=_check_metrics(raw["score"].setdefault("metrics", ["bleu", "chrf"]), wrong),
         compare=raw["compare"],
         source=path,
+        validation_sets=validation_sets,
     )
+    recipe.selection.update(check_selection(raw.get("selection"), recipe, wrong))
     decoded = [arm.name for arm in arms if arm.decode]
     if not decoded:
         raise wrong("every arm has `decode: false`, so there would be nothing to compare")
@@ -233,12 +245,11 @@ def _in_recipe(key: str, check: Callable[[], Any], wrong: Any) -> None:
         raise wrong(f"`{key}`: {error}") from None
 
 
-def _check_test_sets(test_sets: Any, wrong: Any) -> tuple[dict[str, Any], ...]:
+def _check_test_sets(test_sets: Any, wrong: Any, seen: set[tuple[str, str]]) -> tuple[dict[str, Any], ...]:
     if not isinstance(test_sets, list) or not test_sets:
         raise wrong(
             "`test_sets` is missing: a list such as [{name: newstest, pairs: [de-en], sources: ..., references: ...}]"
         )
-    seen = set()
     for entry in test_sets:
         if not isinstance(entry, dict) or not NAME.fullmatch(str(entry.get("name", ""))):
             raise wrong("each of `test_sets` is a mapping with a `name` of letters, digits, `.`, `_`, `+` or `-`")

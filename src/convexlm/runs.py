@@ -5,6 +5,7 @@
       data/                                         what the recipe generated (tinyworld's corpus and tokenizer)
       train/RUN/checkpoint-STEP/, metrics.jsonl, done.json
       decode/RUN/checkpoint-STEP/TESTSET.PAIR.SEARCH.jsonl (and .meta.json)
+      selection.json                                which checkpoint was chosen, where the recipe selects one
       scores.jsonl  comparison.json  report.html
 
 RUN is the arm's name (`mle`, `convex-k1`), with `.seedN` behind it where a recipe trains every arm with several seeds.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from convexlm.recipe import Recipe
 
+DONE_FILE = "done.json"  # of a training run
 VERSIONED = ("convexlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "sacrebleu")
 # What may change between two calls of one run without changing a result.
 NOT_IDENTITY = ("description", "vars", "versions")
@@ -70,6 +72,11 @@ class RunFolder:
     def scores(self) -> Path:
         """One line a (arm, seed, checkpoint, test set, pair, search, metric)."""
         return self.path / "scores.jsonl"
+
+    @property
+    def selection(self) -> Path:
+        """Which checkpoint of every run was chosen, and by which scores."""
+        return self.path / "selection.json"
 
     @property
     def comparison(self) -> Path:

@@ -1,0 +1,235 @@
+"""One pass of a model over tokenized records: the log-probability of every target token."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from convexlm.errors import UserError
+from convexlm.fused_forward import logit_transform
+from convexlm.objectives import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+TOKENS_A_BATCH = {"cpu": 4096, "cuda": 32768}
+LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a model gives the targets of n records, one after the other.
+
+    Attributes:
+        lengths: (n,) int64, target tokens of each record (its T), the EOS among them.
+        log_probs: (sum of lengths,) float32, log-probability in nats of every target token.
+        logit_norms: as `log_probs`: the length of the gradient of a token's log-probability with respect to the
+            model's logits, from 0 (the token is certain) to below sqrt(2).
+        ends: (n,) bool, whether the record's last target is the EOS, and not cut off.
+    """
+
+    lengths: np.ndarray
+    log_probs: np.ndarray
+    logit_norms: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def m(self) -> np.ndarray:
+        """(n,) float64: every record's mean log-probability."""
+        return np.add.reduceat(self.log_probs.astype(np.float64), self._starts) / self.lengths
+
+    @property
+    def end_log_probs(self) -> np.ndarray:
+        """The EOS's log-probability in the records that end in it, float64."""
+        return self.log_probs[self._starts + self.lengths - 1][self.ends].astype(np.float64)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it by name, to be stored."""
+        return {name: getattr(self, name) for name in ("lengths", "log_probs", "logit_norms", "ends")}
+
+
+def refuse_virtual_tokens(checkpoint: Path) -> None:
+    """Refuse an adapter that works by virtual tokens: its base model's weights alone would be measured.
+
+    Raises:
+        UserError: it is one.
+    """
+    config = checkpoint / "adapter_config.json"
+    if not config.is_file() or (checkpoint / "config.json").is_file():
+        return
+    try:
+        kind = str(json.loads(config.read_text(encoding="utf-8")).get("peft_type")).upper()
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{config}: cannot be read ({error})") from None
+    if kind in _VIRTUAL_TOKENS:
+        raise UserError(f"{checkpoint}: adapters of the kind {kind} (virtual tokens) cannot be diagnosed")
+
+
+def measure(
+    model: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    eos_token_id: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Measurement:
+    """The log-probabilities of all targets, in batches of rows of about one length and without gradients.
+
+    Only target positions go through the output layer, a few at a time, so the logits of a whole batch are never held.
+    Log-probabilities are taken in float32, whatever the model computes in (float64 for a float64 model).
+
+    Args:
+        model: a causal model of transformers, in evaluation mode.
+        rows: from `tokenize_records`: `input_ids`, and `labels` that are -100 on the prompt.
+        eos_token_id: what ends an answer.
+        batch_size: rows a batch; None: as many as a fixed number of tokens allows. It changes no result beyond
+            rounding.
+        progress: called with rows done, all rows, and seconds so far.
+
+    Raises:
+        UserError: a token's log-probability is not a number (an overflow in float16, or a broken checkpoint), or
+            one row alone takes too much memory.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {batch_size}")
+    begun = time.monotonic()
+    device = next(model.parameters()).device
+    targets = [[label for label in row["labels"] if label != IGNORE_INDEX] for row in rows]
+    found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(rows)
+    done = 0
+    with torch.inference_mode():
+        project = _check_projection(model, rows, device)
+        pending = _batches([len(row["input_ids"]) for row in rows], batch_size, device.type)[::-1]
+        while pending:
+            batch = pending.pop()
+            try:
+                results = _measure_batch(model, [rows[index] for index in batch], project, device)
+            except (RuntimeError, MemoryError) as error:
+                pending += _halves(batch, error)
+                continue
+            for index, result in zip(batch, results, strict=True):
+                found[index] = result
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(rows), time.monotonic() - begun)
+    whole = [result for result in found if result is not None]
+    log_probs = np.concatenate([result[0] for result in whole])
+    if not np.isfinite(log_probs).all():
+        bad = next(row["record_id"] for row, r in zip(rows, whole, strict=True) if not np.isfinite(r[0]).all())
+        raise UserError(
+            f"record {bad}: the model gives a log-probability that is no number; try --dtype float32, or check its "
+            f"weights"
+        )
+    return Measurement(
+        lengths=np.array([len(target) for target in targets], dtype=np.int64),
+        log_probs=log_probs,
+        logit_norms=np.concatenate([result[1] for result in whole]),
+        ends=np.array([target[-1] == eos_token_id for target in targets], dtype=bool),
+    )
+
+
+def _batches(lengths: Sequence[int], batch_size: int | None, device: str) -> list[list[int]]:
+    """Rows in batches, the longest first: what does not fit into memory shows at the start."""
+    budget = TOKENS_A_BATCH.get(device, TOKENS_A_BATCH["cpu"])
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = []
+    while order:
+        size = batch_size or max(1, budget // lengths[order[0]])
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def _halves(batch: list[int], error: Exception) -> list[list[int]]:
+    """The two halves of a batch that took too much memory; any other error is raised again."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        raise UserError("one record alone does not fit into memory; give a smaller --max_length") from None
+    middle = len(batch) // 2
+    return [batch[middle:], batch[:middle]]
+
+
+def _check_projection(model: Any, rows: Sequence[dict[str, Any]], device: torch.device) -> bool:
+    """Whether backbone, output layer and the config's factors give this model's own logits, tried on the shortest row.
+
+    Where they do not, the whole model is called, which takes more memory and is right for any architecture.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or getattr(model, "base_model", model) is model:
+        return False
+    shortest = min(rows, key=lambda row: len(row["input_ids"]))
+    ids = torch.tensor([shortest["input_ids"]], device=device)
+    whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    parts = _logits(model, _states(model, ids, None)[0]).float()
+    scale = whole.abs().max().clamp(min=1.0)
+    return whole.shape == parts.shape and bool(((whole - parts).abs().max() / scale < 1e-2).item())
+
+
+def _states(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _logits(model: Any, states: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    logits = head(states.to(next(head.parameters()).device))
+    factor, softcap = logit_transform(model.config.get_text_config())
+    logits = logits * factor if factor != 1.0 else logits
+    return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+
+
+def _measure_batch(
+    model: Any, rows: Sequence[dict[str, Any]], project: bool, device: torch.device
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    # Padded at the right, a causal model's states at the real tokens do not see the padding; any id will do for it.
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[number, :length] = torch.tensor(row["input_ids"])
+        labels[number, :length] = torch.tensor(row["labels"])
+        mask[number, :length] = 1
+    labels[:, 0] = IGNORE_INDEX  # nothing comes before the first token, so nothing predicts it
+    places, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    wanted = labels[places, columns].to(device)
+    ids, mask = ids.to(device), mask.to(device)
+    if project:
+        source = _states(model, ids, mask)
+    else:
+        source = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    chosen = source[places.to(source.device), (columns - 1).to(source.device)]
+    log_probs, norms = [], []
+    at_once = max(1, LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size or 1))
+    for start in range(0, len(chosen), at_once):
+        part = chosen[start : start + at_once]
+        logits = _logits(model, part) if project else part
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        everything = logits.log_softmax(-1)
+        own = everything.gather(-1, wanted[start : start + at_once, None].to(logits.device)).squeeze(-1)
+        p = own.exp()
+        # |onehot - softmax|^2 = (1 - p)^2 + sum of the others' squares
+        others = (everything.exp_().square_().sum(-1) - p**2).clamp(min=0)
+        log_probs.append(own.float().cpu())
+        norms.append(((1 - p) ** 2 + others).sqrt().float().cpu())
+    flat, flat_norms = torch.cat(log_probs).numpy(), torch.cat(norms).numpy()
+    edges = np.cumsum(torch.bincount(places, minlength=len(rows)).numpy())[:-1]
+    return list(zip(np.split(flat, edges), np.split(flat_norms, edges), strict=True))
