@@ -138,19 +138,18 @@ from pathlib import Path
 from convexlm.decoding import decode_jobs
 from test_decoding_processes import MANY, OPTIONS, jobs_in, make_job
 folder, model = Path(sys.argv[1]), Path({model!r})
-decode_jobs(model, jobs_in(folder), device="cpu", batch_size=1, num_processes=2)
-if {converted}:
-    job = make_job(folder / "converted.jsonl", MANY, **OPTIONS)
-    decode_jobs(model, [job], device="cpu", batch_size=1, backend="ctranslate2")
+decode_jobs(model, jobs_in(folder), device="cpu", batch_size=1)
+job = make_job(folder / "last.jsonl", MANY, **OPTIONS)
+decode_jobs(model, [job], device="cpu", batch_size=1, backend={backend!r}, num_processes=2)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path: Path):
-    """Anywhere: imports, model load in two workers, appends, the last steps of a file, conversion."""
-    converted = importlib.util.find_spec("ctranslate2") is not None
-    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), converted=converted)
+    """Anywhere: imports, model load, appends, the last steps of a file, conversion, two workers at work."""
+    backend = "ctranslate2" if importlib.util.find_spec("ctranslate2") else "hf"
+    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), backend=backend)
 
     def start(name: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CONVEXLM_CACHE": str(tmp_path / f"{name}-cache")}
@@ -185,7 +184,7 @@ def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path:
 
 
 def test_a_second_run_is_refused_while_the_first_decodes(checkpoint: Path, tmp_path: Path):
-    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), converted=False)
+    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), backend="hf")
     command = [sys.executable, "-c", script, str(tmp_path)]
     part = tmp_path / "greedy.jsonl.part"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:

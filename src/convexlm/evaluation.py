@@ -1,7 +1,8 @@
 """From hypotheses to `scores.jsonl` and `comparison.json`: every score, and how sure it is which arm is better.
 
-Arms are compared at their last decoded checkpoint, over all test sets, directions and seeds at once (a paired
-bootstrap of the mean score), and with sacreBLEU's own paired bootstrap in every direction and seed.
+Arms are compared at their last decoded checkpoint, or at the one that the recipe's `selection` chose: over all test
+sets, directions and seeds at once (a paired bootstrap of the mean score), and with sacreBLEU's own paired bootstrap in
+every direction and seed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
-from convexlm.pipeline import decoded_checkpoints
 from convexlm.scoring import Scorer, read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
+from convexlm.sweep import candidate_checkpoints, chosen_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,8 @@ class Decoded:
     search: str
     path: Path
     hypotheses: list[str]
+    scorer: Scorer  # one for all decode files of a test set: every sentence is counted once
+    role: str = "test"  # or "validation"
 
     @property
     def target_lang(self) -> str:
@@ -45,71 +48,91 @@ class Decoded:
 
 
 def evaluate(
-    recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRun], test_sets: Sequence[TestSet]
+    recipe: Recipe,
+    folder: RunFolder,
+    runs: Sequence[TrainedRun],
+    test_sets: Sequence[TestSet],
+    validation_sets: Sequence[TestSet] = (),
 ) -> dict[str, Any]:
     """Score and compare whatever the run decoded; does nothing if both were done for the same files.
 
     Returns:
-        What `comparison.json` holds: `baseline`, `checkpoints`, `searches`, `metrics`, `corpora`, `table` (one row a
-        search, metric and arm, over all corpora), `gaps` (greedy against beam search, an arm each) and `paired`
-        (sacreBLEU's test in every direction and seed).
+        What `comparison.json` holds: `baseline`, `selection`, `checkpoints`, `searches`, `metrics`, `corpora`, `table`
+        (one row a search, metric and arm, over all corpora), `gaps` (greedy against beam search, an arm each),
+        `paired` (sacreBLEU's test in every direction and seed), and `outputs`, `by_length` and `checkpoints_scores`
+        (see `descriptions`).
     """
-    decoded = _read(recipe, folder, runs, test_sets)
+    chosen = chosen_checkpoints(recipe, folder, runs, test_sets, validation_sets)
+    decoded = _read(recipe, folder, runs, test_sets, chosen)
+    if validation_sets:
+        decoded += _read(recipe, folder, runs, validation_sets, chosen, role="validation")
     inputs = json_sha256(
         [
             SCHEMA,
             recipe.compare,
             recipe.metrics,
+            recipe.selection,
+            chosen,
             [[str(d.path.relative_to(folder.path)), file_sha256(d.path)] for d in decoded],
-            [[t.name, t.pair, [text_sha256(stream) for stream in t.references]] for t in test_sets],
+            [
+                [t.name, t.pair, [text_sha256(stream) for stream in t.references]]
+                for t in [*test_sets, *validation_sets]
+            ],
         ]
     )
     if folder.comparison.exists() and folder.scores.exists():
         known = json.loads(folder.comparison.read_text(encoding="utf-8"))
         if known.get("inputs") == inputs:
             return known
-    write_jsonl(folder.scores, _score_rows(recipe, decoded))
-    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded)}
+    write_jsonl(folder.scores, _score_rows(decoded))
+    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen)}
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
     return comparison
 
 
 def _read(
-    recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRun], test_sets: Sequence[TestSet]
+    recipe: Recipe,
+    folder: RunFolder,
+    runs: Sequence[TrainedRun],
+    sets: Sequence[TestSet],
+    chosen: dict[str, str],
+    role: str = "test",
 ) -> list[Decoded]:
+    """The decode files that there must be: under `selection: validation`, test sets have the chosen checkpoints'."""
     from convexlm.decoding import Search
 
     searches = [Search.from_mapping(options).name for options in recipe.decode["searches"]]
+    if role == "validation":
+        searches = [recipe.selection["search"]]
+    only_chosen = role == "test" and recipe.selection["on"] == "validation"
+    scorers = [Scorer(one.references, one.pair.split("-")[1], recipe.metrics) for one in sets]
     found = []
-    for run in runs:
-        if not recipe.arm(run.arm).decode:
+    for run, checkpoint in candidate_checkpoints(recipe, folder, runs):
+        if only_chosen and checkpoint.name != chosen[run.name]:
             continue
-        for checkpoint in decoded_checkpoints(recipe, folder, run):
-            for test_set in test_sets:
-                for search in searches:
-                    path = folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search)
-                    found.append(Decoded(run, checkpoint.name, test_set, search, path, read_hypotheses(path)))
+        for test_set, scorer in zip(sets, scorers, strict=True):
+            for search in searches:
+                path = folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search)
+                lines = read_hypotheses(path)
+                found.append(Decoded(run, checkpoint.name, test_set, search, path, lines, scorer, role))
     return found
 
 
-def _score_rows(recipe: Recipe, decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
+def _score_rows(decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
     rows = []
-    scorers: dict[tuple[str, str], Scorer] = {}
     for entry in decoded:
-        key = (entry.test_set.name, entry.test_set.pair)
-        if key not in scorers:
-            scorers[key] = Scorer(entry.test_set.references, entry.target_lang, recipe.metrics)
         about = {
             "arm": entry.run.arm,
             "seed": entry.run.seed,
             "checkpoint": entry.checkpoint,
+            "role": entry.role,
             "test_set": entry.test_set.name,
             "pair": entry.test_set.pair,
             "search": entry.search,
         }
-        meta = json.loads(entry.path.with_suffix(".meta.json").read_text(encoding="utf-8"))
+        meta = read_meta(entry)
         decoding = {key: meta.get(key) for key in ("cut", "seconds", "checkpoint_sha256", "sources_sha256")}
-        for score in scorers[key].score(entry.hypotheses, label=str(entry.path)):
+        for score in entry.scorer.score(entry.hypotheses, label=str(entry.path)):
             rows.append(about | score.as_dict() | {"decoding": decoding})
         for measure, values in _truth(entry).items():
             rows.append(
@@ -118,6 +141,12 @@ def _score_rows(recipe: Recipe, decoded: Sequence[Decoded]) -> list[dict[str, An
                 | {"num_sentences": len(values)}
             )
     return rows
+
+
+def read_meta(entry: Decoded) -> dict[str, Any]:
+    """The record beside a decode file."""
+    meta: dict[str, Any] = json.loads(entry.path.with_suffix(".meta.json").read_text(encoding="utf-8"))
+    return meta
 
 
 def _truth(entry: Decoded) -> dict[str, list[float]]:
@@ -130,9 +159,10 @@ def _truth(entry: Decoded) -> dict[str, list[float]]:
     return {measure: [float(sentence[key]) for sentence in sentences] for measure, key in MEASURES.items()}
 
 
-def _compare(recipe: Recipe, decoded: Sequence[Decoded]) -> dict[str, Any]:
-    last = _last_checkpoints(decoded)
-    final = [entry for entry in decoded if entry.checkpoint == last[entry.run.name]]
+def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str]) -> dict[str, Any]:
+    from convexlm.descriptions import checkpoint_scores, describe_outputs, scores_by_length
+
+    final = [entry for entry in decoded if entry.role == "test" and entry.checkpoint == chosen[entry.run.name]]
     searches = list(dict.fromkeys(entry.search for entry in final))
     arms = list(dict.fromkeys(entry.run.arm for entry in final))
     arms.sort(key=lambda arm: arm != recipe.baseline)  # stable: the baseline first
@@ -151,7 +181,8 @@ def _compare(recipe: Recipe, decoded: Sequence[Decoded]) -> dict[str, Any]:
         "baseline": recipe.baseline,
         "arms": arms,
         "seeds": list(recipe.seeds),
-        "checkpoints": last,
+        "selection": {**recipe.selection, "chosen": chosen},
+        "checkpoints": chosen,
         "searches": searches,
         "metrics": list(recipe.metrics),
         "resampling": settings,
@@ -159,16 +190,10 @@ def _compare(recipe: Recipe, decoded: Sequence[Decoded]) -> dict[str, Any]:
         "table": table,
         "gaps": _gaps(final, arms, searches, recipe.metrics, settings),
         "paired": paired,
+        "outputs": describe_outputs(final, arms, searches),
+        "by_length": scores_by_length(final, arms, searches, recipe.metrics),
+        "checkpoints_scores": checkpoint_scores(decoded, recipe.metrics, settings),
     }
-
-
-def _last_checkpoints(decoded: Sequence[Decoded]) -> dict[str, str]:
-    last: dict[str, str] = {}
-    for entry in decoded:
-        step = int(entry.checkpoint.rsplit("-", 1)[1])
-        if entry.run.name not in last or step > int(last[entry.run.name].rsplit("-", 1)[1]):
-            last[entry.run.name] = entry.checkpoint
-    return last
 
 
 def _by_corpus(entries: Sequence[Decoded]) -> list[dict[str, Decoded]]:
@@ -179,7 +204,8 @@ def _by_corpus(entries: Sequence[Decoded]) -> list[dict[str, Decoded]]:
     return list(groups.values())
 
 
-def _corpus(systems: dict[str, Decoded]) -> Corpus:
+def make_corpus(systems: dict[str, Decoded]) -> Corpus:
+    """Decode files of one test set and seed, by system, as a corpus for a test."""
     entry = next(iter(systems.values()))
     return Corpus(
         name=f"{entry.test_set.name} {entry.test_set.pair}, seed {entry.run.seed}",
@@ -187,6 +213,7 @@ def _corpus(systems: dict[str, Decoded]) -> Corpus:
         systems={name: decoded.hypotheses for name, decoded in systems.items()},
         references=entry.test_set.references,
         group=f"{entry.test_set.name} {entry.test_set.pair}",
+        scorer=entry.scorer,
     )
 
 
@@ -201,7 +228,7 @@ def _scores_of(
             for metric in metrics
             for scores in [[_one_score(group[arms[0]], metric) for group in groups]]
         ]
-    corpora = [_corpus({arm: group[arm] for arm in arms}) for group in groups]
+    corpora = [make_corpus({arm: group[arm] for arm in arms}) for group in groups]
     rows = []
     for row in joint_test(corpora, metrics, baseline=arms[0], **settings):
         scores = [part["score"] for part in row.pop("corpora")]
@@ -210,8 +237,8 @@ def _scores_of(
 
 
 def _one_score(entry: Decoded, metric: str) -> float:
-    scorer = Scorer(entry.test_set.references, entry.target_lang, [metric])
-    return scorer.score(entry.hypotheses, label=str(entry.path))[0].score
+    found = entry.scorer.score(entry.hypotheses, label=str(entry.path))
+    return next(score.score for score in found if score.metric == metric)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -241,7 +268,7 @@ def _measures_of(
             | {"by_seed": _by_seed(seeds, means), "delta": None, "p_value": None, "p_two_sided": None}
             for measure, means in shares.items()
         ]
-    labels = [_corpus(group).group for group in groups]
+    labels = [make_corpus(group).group for group in groups]
     rows = []
     for measure in MEASURES:
         values = [{arm: truth[arm][measure] for arm in arms} for truth in truths]
@@ -263,7 +290,7 @@ def _paired(
     systems = {arm: entries[arm].hypotheses for arm in arms}
     references, lang = entry.test_set.references, entry.target_lang
     n_samples, seed = settings["n_samples"], settings["seed"]
-    rows = paired_test(systems, references, lang, metrics, n_samples=n_samples, seed=seed)
+    rows = paired_test(systems, references, lang, metrics, n_samples=n_samples, seed=seed, scorer=entry.scorer)
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
     return [about | row for row in rows]
 
@@ -286,7 +313,7 @@ def _gaps(
                     and (e.test_set.name, e.test_set.pair, e.run.seed) == key
                     and e.search in ("greedy", search)
                 }
-                corpora.append(_corpus({"greedy": systems["greedy"], search: systems[search]}))
+                corpora.append(make_corpus({"greedy": systems["greedy"], search: systems[search]}))
             for row in joint_test(corpora, metrics, baseline="greedy", **settings):
                 if row["system"] == search:
                     kept = ("metric", "delta", "delta_low", "delta_high", "p_value", "p_two_sided")

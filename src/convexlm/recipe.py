@@ -51,7 +51,19 @@ SECTIONS: dict[str, set[str]] = {
     "compare": {"baseline", "n_samples", "seed"},
 }
 SETS = ("test_sets", "validation_sets")
-TOP_LEVEL = {"name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", *SETS, "selection", *SECTIONS}
+TOP_LEVEL = {
+    "name",
+    "description",
+    "extends",
+    "plugins",
+    "vars",
+    "seeds",
+    "train",
+    "arms",
+    *SETS,
+    "selection",
+    *SECTIONS,
+}
 ARM_KEYS = {"init_from", "decode", "dataset"}
 
 

@@ -160,6 +160,9 @@ class Score:
 class Scorer:
     """Scores any number of systems against one set of references, whose n-grams are counted once.
 
+    So are those of every system: scores, intervals and tests that share a scorer share its sentence statistics, which
+    it keeps for as long as it lives (a few dozen numbers a sentence and metric).
+
     Args:
         references: reference streams, all of one length.
         target_lang: the language code of the references, which chooses BLEU's tokenizer.
@@ -189,6 +192,8 @@ class Scorer:
         self.references = [list(stream) for stream in references]
         self.references_sha256 = [text_sha256(stream) for stream in references]
         self.metrics = {name: get_metric(name).build(target_lang, tokenize, self.references) for name in metrics}
+        for metric in self.metrics.values():
+            _remember(metric)
 
     def score(
         self, hypotheses: Sequence[str], *, confidence: int = 0, seed: int = DEFAULT_SEED, label: str = "hypotheses"
@@ -258,6 +263,22 @@ def sentence_statistics(metric: Any, hypotheses: Sequence[str]) -> np.ndarray:
     import numpy as np
 
     return np.asarray(metric._extract_corpus_statistics(list(hypotheses), None), dtype=np.float64)
+
+
+def _remember(metric: Any) -> None:
+    """Have a sacreBLEU metric keep the sentence statistics of every list of hypotheses that it has seen."""
+    extract, kept = metric._extract_corpus_statistics, {}
+
+    def remembered(hypotheses: Sequence[str], references: Any) -> Any:
+        if references is not None:
+            return extract(hypotheses, references)
+        key = text_sha256([str(len(hypotheses)), *hypotheses])
+        if key not in kept:
+            kept[key] = extract(hypotheses, None)
+        # sacreBLEU turns the outer list into an array, and adds nothing to it; a copy costs nothing and is safe.
+        return list(kept[key])
+
+    metric._extract_corpus_statistics = remembered
 
 
 def score_from_statistics(metric: Any, totals: np.ndarray) -> float:

@@ -26,7 +26,9 @@ def check_selection(value: Any, recipe: Recipe, wrong: Any) -> dict[str, Any]:
 
     given = {"on": value or "last"} if value is None or isinstance(value, str) else value
     if not isinstance(given, dict) or given.get("on") not in WAYS:
-        raise wrong(f"`selection` is last, validation or test, or {{on: ..., metric: ..., search: ...}}, not {value!r}")
+        raise wrong(
+            f"`selection` is last, validation or test, or {{on: ..., metric: ..., search: ...}}, not {value!r}"
+        )
     if unknown := [key for key in given if key not in ("on", "metric", "search")]:
         raise wrong(f"unknown key in `selection`: `{unknown[0]}`; known: on, metric, search")
     on = given["on"]

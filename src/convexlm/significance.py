@@ -51,6 +51,8 @@ class Corpus:
         references: reference streams.
         group: corpora of one group are resampled together. By default they are those with equal references, so that
             the same sentences under two training seeds do not count as two independent draws.
+        scorer: a scorer for these references with the metrics that are asked for, whose statistics are shared; made
+            anew by default.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Corpus:
     systems: Mapping[str, Sequence[str]]
     references: Sequence[Sequence[str]]
     group: str | None = None
+    scorer: Scorer | None = None
 
 
 def paired_test(
@@ -70,6 +73,7 @@ def paired_test(
     n_samples: int | None = None,
     seed: int = DEFAULT_SEED,
     tokenize: str | None = None,
+    scorer: Scorer | None = None,
 ) -> list[dict[str, Any]]:
     """Compare every system with the first by sacreBLEU's `PairedTest`.
 
@@ -82,6 +86,7 @@ def paired_test(
         n_samples: resamples or trials; by default sacreBLEU's 1000 (`bs`) or 10000 (`ar`).
         seed: of the resampling.
         tokenize: a sacreBLEU tokenizer for BLEU instead of the language's own.
+        scorer: a scorer made of just these references, language, metrics and tokenizer, to share its statistics.
 
     Returns:
         One row a metric and system, metrics in the order given, the baseline first: `metric`, `higher_is_better`,
@@ -99,7 +104,7 @@ def paired_test(
         raise UserError(f"unknown test `{method}`; known: bs (paired bootstrap), ar (approximate randomization)")
     _check_systems(list(systems))
     n_samples = DEFAULT_SAMPLES[method] if n_samples is None else _check_samples(n_samples)
-    scorer = Scorer(references, target_lang, metrics, tokenize=tokenize)
+    scorer = scorer or Scorer(references, target_lang, metrics, tokenize=tokenize)
     check_lengths({"reference 1": scorer.references[0], **systems})
     corpus = Corpus(target_lang, target_lang, {name: list(lines) for name, lines in systems.items()}, references)
     baseline = next(iter(systems))
@@ -108,7 +113,7 @@ def paired_test(
     with sacrebleu_seed(seed):
         test = PairedTest(
             list(corpus.systems.items()),
-            scorer.metrics,
+            {name: scorer.metrics[name] for name in metrics},
             None,
             test_type=method,
             n_samples=n_samples,
@@ -122,7 +127,7 @@ def paired_test(
         signatures, results = test()
     rows = []
     # sacreBLEU's result has the metrics in our order, under names of its own.
-    for name, title in zip(scorer.metrics, [key for key in results if key != "System"], strict=True):
+    for name, title in zip(metrics, [key for key in results if key != "System"], strict=True):
         metric = scorer.metrics[name]
         statistics = _statistics([corpus], [metric], list(systems))
         sampled = _resampled_scores([metric], statistics, [0], resamples, seed)
@@ -171,7 +176,7 @@ def joint_test(
     """
     names, baseline = _common_systems([corpus.systems for corpus in corpora], baseline)
     _check_samples(n_samples)
-    scorers = [Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
+    scorers = [corpus.scorer or Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
     for corpus, scorer in zip(corpora, scorers, strict=True):
         streams = {f"{corpus.name}, {name}": corpus.systems[name] for name in names}
         check_lengths({f"{corpus.name}, reference 1": scorer.references[0], **streams})
@@ -210,6 +215,44 @@ def joint_test(
             extra = {"higher_is_better": get_metric(name).higher_is_better}
             metric_rows.append({"metric": name} | extra | row | {"corpora": parts})
         rows += _add_holm(metric_rows)
+    return rows
+
+
+def score_intervals(
+    corpora: Sequence[Corpus], metrics: Sequence[str], *, n_samples: int = 1000, seed: int = DEFAULT_SEED
+) -> list[dict[str, Any]]:
+    """The mean score over corpora of every system, with a 95 % interval, and no comparison; one system is enough.
+
+    Returns:
+        One row a metric and system: `metric`, `system`, `score`, `low`, `high` (percentiles of the bootstrap of
+        `joint_test`).
+
+    Raises:
+        UserError: no corpus, or streams of different length.
+    """
+    if not corpora:
+        raise UserError("there is no corpus to score")
+    _check_samples(n_samples)
+    scorers = [corpus.scorer or Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
+    names = list(corpora[0].systems)
+    for corpus, scorer in zip(corpora, scorers, strict=True):
+        streams = {f"{corpus.name}, {name}": corpus.systems[name] for name in names}
+        check_lengths({f"{corpus.name}, reference 1": scorer.references[0], **streams})
+    labels = [
+        json_sha256(scorer.references_sha256) if corpus.group is None else corpus.group
+        for corpus, scorer in zip(corpora, scorers, strict=True)
+    ]
+    rows = []
+    for name in metrics:
+        built = [scorer.metrics[name] for scorer in scorers]
+        statistics = _statistics(corpora, built, names)
+        sampled = _resampled_scores(built, statistics, labels, n_samples, seed)
+        for system in names:
+            parts = zip(built, statistics, strict=True)
+            scores = [score_from_statistics(metric, part[system].sum(0)) for metric, part in parts]
+            low, high = percentile_interval(sampled[system])
+            row = {"metric": name, "system": system, "score": sum(scores) / len(scores), "low": low, "high": high}
+            rows.append(row)
     return rows
 
 

@@ -117,14 +117,33 @@ def analyse_objective(sample: Sample, objective: Objective) -> dict[str, Any]:
     used = sample.weights > 0
     amounts = amounts_of(sample, objective.length_weighting)
     gradient = amounts * weights
-    logit = _logit_amounts(sample, objective, amounts)
+    plain, logit = (_logit_amounts(sample, one, amounts) for one in (Mle(), objective))
+    shares = {
+        "share": _share(gradient),
+        "mle_share": _share(amounts),
+        "logit_share": None if logit is None else _share(logit),
+        "mle_logit_share": None if plain is None else _share(plain),
+    }
+
+    def row(group: np.ndarray) -> dict[str, Any]:
+        t = sample.lengths[group] * sample.weights[group]
+        return {
+            "records": len(group),
+            "nll": float(-(t * sample.m[group]).sum() / t.sum()),
+            "weight": float(gradient[group].sum() / amounts[group].sum()),
+            **{name: None if share is None else float(share[group].sum()) for name, share in shares.items()},
+        }
+
+    def tenths(shown: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
+        return [{**_range(shown[group]), **row(group)} for group in _groups(sample, values)]
+
     square = float((repeats * units**2).sum() * repeats.sum())
     nothing = used & (weights < NOTHING_BELOW)
     order = np.lexsort((sample.m, weights))
     order = order[used[order]]
     few = min(EXTREMES, max(1, len(order) // 2))
     by_length = {name: _share(amounts_of(sample, name) * weights) for name in ("token", "sequence")}
-    result = {
+    return {
         "objective": objective.to_dict(),
         "k": getattr(objective, "k", None),
         "weight": {
@@ -143,9 +162,9 @@ def analyse_objective(sample: Sample, objective: Objective) -> dict[str, Any]:
             "share": float(nothing.sum() / used.sum()),
             "token_share": float(sample.lengths[nothing].sum() / sample.lengths[used].sum()),
         },
-        "by_p_bar": _tenths(sample, np.exp(sample.m), sample.m, amounts, gradient, logit),
-        "by_length": _tenths(sample, sample.lengths, sample.lengths, amounts, gradient, logit),
-        "by_source": _by_source(sample, amounts, gradient, logit),
+        "by_p_bar": tenths(np.exp(sample.m), sample.m),
+        "by_length": tenths(sample.lengths, sample.lengths),
+        "by_source": [{"source": name, **row(group)} for name, group in _source_groups(sample).items()],
         "length_weighting": {
             "moved": float(np.abs(by_length["token"] - by_length["sequence"]).sum() / 2),
             "by_length": {
@@ -158,7 +177,6 @@ def analyse_objective(sample: Sample, objective: Objective) -> dict[str, Any]:
         "optimum": exact_optimum(sample.lengths[used], objective),
         "k_for_ratio": k_for_update_ratio(sample.m, amounts, objective),
     }
-    return result
 
 
 def record_weights(sample: Sample, objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -254,36 +272,6 @@ def _groups(sample: Sample, values: np.ndarray) -> list[np.ndarray]:
     return np.array_split(order, min(_GROUPS, len(order)))
 
 
-def _tenths(
-    sample: Sample,
-    shown: np.ndarray,
-    values: np.ndarray,
-    amounts: np.ndarray,
-    gradient: np.ndarray,
-    logit: np.ndarray | None,
-) -> list[dict[str, Any]]:
-    return [
-        {**_range(shown[group]), **_group_row(sample, group, amounts, gradient, logit)}
-        for group in _groups(sample, values)
-    ]
-
-
-def _group_row(
-    sample: Sample, group: np.ndarray, amounts: np.ndarray, gradient: np.ndarray, logit: np.ndarray | None
-) -> dict[str, Any]:
-    t = sample.lengths[group] * sample.weights[group]
-    mle_logit = None if logit is None else _share(_logit_amounts(sample, Mle(), amounts))  # type: ignore[arg-type]
-    return {
-        "records": len(group),
-        "nll": float(-(t * sample.m[group]).sum() / t.sum()),
-        "weight": float(gradient[group].sum() / amounts[group].sum()),
-        "share": float(_share(gradient)[group].sum()),
-        "mle_share": float(_share(amounts)[group].sum()),
-        "logit_share": None if logit is None else float(_share(logit)[group].sum()),
-        "mle_logit_share": None if mle_logit is None else float(mle_logit[group].sum()),
-    }
-
-
 def _range(values: np.ndarray) -> dict[str, float]:
     return {"from": float(values.min()), "to": float(values.max())}
 
@@ -300,15 +288,6 @@ def _source_groups(sample: Sample) -> dict[str, np.ndarray]:
 
 def _source_counts(sample: Sample) -> dict[str, int] | None:
     return None if sample.sources is None else {name: len(group) for name, group in _source_groups(sample).items()}
-
-
-def _by_source(
-    sample: Sample, amounts: np.ndarray, gradient: np.ndarray, logit: np.ndarray | None
-) -> list[dict[str, Any]]:
-    return [
-        {"source": name, **_group_row(sample, group, amounts, gradient, logit)}
-        for name, group in _source_groups(sample).items()
-    ]
 
 
 def _extreme(index: int, sample: Sample, weights: np.ndarray) -> dict[str, Any]:

@@ -120,8 +120,7 @@ def diagnose(
         "end_p": _geometric_mean(measured[0][0].end_log_probs),
         **analyse(samples[0], objectives),
     }
-    if compare_with is not None:
-        result["comparison"] = {"checkpoint": str(compare_with), **compare(*samples)}
+    result["comparison"] = compare_with and {"checkpoint": str(compare_with), **compare(*samples)}
     result["advice"] = as_dicts(advise(result))
     result["records"] = _shown_records(result, tokenized, sample)
     return result

@@ -88,7 +88,7 @@ def model_log_probs(
         for index, value in zip(chosen, _score(model, [rows[index] for index in chosen], device), strict=True):
             number, text = places[index]
             out[number][text] = value
-    return out
+    return [{text: found[text] for text in texts} for found, texts in zip(out, candidates, strict=True)]
 
 
 def _score(model: Any, rows: list[tuple[list[int], list[int]]], device: str) -> list[float]:

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from convexlm.plugins import load_plugins
 
     load_plugins(args.plugins)
-    _check_files(args)
     objectives = _objectives(args)
+    _check_files(args)
 
     from convexlm.decoding.checkpoint import find_checkpoint
     from convexlm.diagnosis.run import DiagnoseOptions, diagnose
@@ -145,7 +145,12 @@ def _check_files(args: argparse.Namespace) -> None:
     for option in ("page", "output_file"):
         value = getattr(args, option)
         if value is not None and (not value or "\0" in value or Path(value).is_dir()):
-            raise UserError(f"--{option} {value}: is a folder; give the name of a file to write")
+            raise UserError(f"--{option} {value}: is no name of a file to write")
+        if value is not None:
+            try:
+                Path(value).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--{option} {value}: cannot be written ({error.strerror or error})") from None
 
 
 def _write(option: str, path: str, text: str) -> None:

@@ -1,0 +1,153 @@
+"""What the compared outputs are like, beside their scores: lengths, loops, cuts, seconds, and where a score is made.
+
+Nothing here is a test; these are the columns that say why two scores differ.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from convexlm.scoring import score_from_statistics, sentence_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from convexlm.evaluation import Decoded
+
+REPEATED = 4  # tokens of a run that is repeated at once
+BUCKETS = 4
+UNSPACED = ("ja", "th", "zh")  # languages whose texts have no blanks between words
+
+
+def tokens_of(text: str, lang: str) -> list[str]:
+    """Words at blanks; in languages without blanks, characters."""
+    return [mark for mark in text if not mark.isspace()] if lang in UNSPACED else text.split()
+
+
+def repeats(text: str, lang: str) -> bool:
+    """Whether some four tokens (`tokens_of`) are followed at once by the same four."""
+    tokens = tokens_of(text, lang)
+    return any(
+        tokens[at : at + REPEATED] == tokens[at + REPEATED : at + 2 * REPEATED]
+        for at in range(len(tokens) - 2 * REPEATED + 1)
+    )
+
+
+def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a search and arm, over all its test sets and seeds.
+
+    Returns:
+        `length_ratio` (hypothesis over reference tokens, both summed, as BLEU counts them; None where BLEU is none of
+        the metrics), `repetition_rate` (share of outputs that `repeats`), `cut_rate` (share that ran into
+        `max_new_tokens`), `seconds_per_sentence` (of decoding; the last two None where a decode file does not say).
+    """
+    from convexlm.evaluation import read_meta
+
+    rows = []
+    for search in searches:
+        for arm in arms:
+            mine = [entry for entry in final if entry.search == search and entry.run.arm == arm]
+            count = sum(len(entry.hypotheses) for entry in mine)
+            metas = [read_meta(entry) for entry in mine]
+            cuts, seconds = [meta.get("cut") for meta in metas], [meta.get("seconds") for meta in metas]
+            loops = sum(repeats(line, entry.target_lang) for entry in mine for line in entry.hypotheses)
+            rows.append(
+                {
+                    "search": search,
+                    "arm": arm,
+                    "num_sentences": count,
+                    "length_ratio": _length_ratio(mine),
+                    "repetition_rate": loops / count,
+                    "cut_rate": None if None in cuts else sum(cuts) / count,
+                    "seconds_per_sentence": None if None in seconds else sum(seconds) / count,
+                }
+            )
+    return rows
+
+
+def _length_ratio(entries: Sequence[Decoded]) -> float | None:
+    lengths = []
+    for entry in entries:
+        bleu = entry.scorer.metrics.get("bleu")
+        if bleu is None:
+            return None
+        details = bleu._compute_score_from_stats(sentence_statistics(bleu, entry.hypotheses).sum(0).tolist())
+        lengths.append((details.sys_len, details.ref_len))
+    theirs = sum(reference for _, reference in lengths)
+    return sum(ours for ours, _ in lengths) / theirs if theirs else None
+
+
+def scores_by_length(
+    final: Sequence[Decoded], arms: Sequence[str], searches: Sequence[str], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Scores of the shorter and longer sources: those of every test set parted at the quartiles of their length.
+
+    Equal lengths stay together, so that parts may differ in size, or be missing.
+
+    Returns:
+        One row a search, arm and part: `metric` (chrF where it is among the metrics, since BLEU says little of few
+        sentences; else the first), `bucket` (0, the shortest, to 3), `score` (mean over test sets and seeds),
+        `num_sentences` (of one seed), `shortest`, `longest` (source tokens, see `tokens_of`).
+    """
+    import numpy as np
+
+    metric = "chrf" if "chrf" in metrics else metrics[0]
+    parts: dict[tuple[str, str, int], list[tuple[float, int, int, int, int]]] = {}
+    for entry in final:
+        source_lang = entry.test_set.pair.split("-")[0]
+        lengths = np.asarray([len(tokens_of(source, source_lang)) for source in entry.test_set.sources])
+        edges = np.quantile(lengths, [part / BUCKETS for part in range(1, BUCKETS)])
+        buckets = np.searchsorted(edges, lengths, side="left")
+        built = entry.scorer.metrics[metric]
+        statistics = sentence_statistics(built, entry.hypotheses)
+        for bucket in sorted(set(buckets.tolist())):
+            inside = buckets == bucket
+            score = score_from_statistics(built, statistics[inside].sum(0))
+            span = (int(inside.sum()), int(lengths[inside].min()), int(lengths[inside].max()))
+            parts.setdefault((entry.search, entry.run.arm, bucket), []).append((score, entry.run.seed, *span))
+    rows = []
+    for search in searches:
+        for arm in arms:
+            for bucket in range(BUCKETS):
+                if found := parts.get((search, arm, bucket)):
+                    first = found[0][1]
+                    rows.append(
+                        {
+                            "search": search,
+                            "arm": arm,
+                            "metric": metric,
+                            "bucket": bucket,
+                            "score": sum(part[0] for part in found) / len(found),
+                            "num_sentences": sum(part[2] for part in found if part[1] == first),
+                            "shortest": min(part[3] for part in found),
+                            "longest": max(part[4] for part in found),
+                        }
+                    )
+    return rows
+
+
+def checkpoint_scores(
+    decoded: Sequence[Decoded], metrics: Sequence[str], settings: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The score of every checkpoint with its interval, where several of a run were decoded on the same sets.
+
+    Returns:
+        One row an arm, seed, role, search, metric and checkpoint: `score` (mean over sets), `low`, `high` (95 %, a
+        bootstrap over sentences).
+    """
+    from convexlm.evaluation import make_corpus
+    from convexlm.significance import score_intervals
+
+    groups: dict[tuple[str, int, str, str], dict[tuple[str, str], dict[str, Decoded]]] = {}
+    for entry in decoded:
+        corpora = groups.setdefault((entry.run.arm, entry.run.seed, entry.role, entry.search), {})
+        corpora.setdefault((entry.test_set.name, entry.test_set.pair), {})[entry.checkpoint] = entry
+    rows = []
+    for (arm, seed, role, search), corpora in groups.items():
+        if len(next(iter(corpora.values()))) < 2:
+            continue
+        made = [make_corpus(systems) for systems in corpora.values()]
+        about = {"arm": arm, "seed": seed, "role": role, "search": search}
+        for row in score_intervals(made, metrics, **settings):
+            rows.append(about | {"checkpoint": row.pop("system")} | row)
+    return rows
