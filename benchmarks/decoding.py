@@ -4,9 +4,10 @@
 
 The reference takes sentences in file order, four at a time, left-padded, and calls transformers' `generate` with four
 beams and no 12-gram twice. Every system decodes the whole test set once a repeat; within a repeat they take turns, so
-that what else the machine does hits all alike, and the median over repeats counts. Loading the model (and converting
-it, for ctranslate2) is not timed; all that comes after it is, files and text included. Without --checkpoint it trains
-two tiny models first (minutes, kept in --models). Prints tables, writes OUTPUT.json and OUTPUT.md.
+that what else the machine does hits all alike, and the median over repeats counts. Starting processes, loading and
+converting the model and tokenizing the prompts are not timed; what comes after is, text and appends to the part file
+included. Without --checkpoint it trains two tiny models first (minutes, kept in --models). Prints tables, writes
+OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from convexlm.decoding import DecodeJob, Search, decode_jobs, find_checkpoint
 from convexlm.decoding.ct2_cache import cache_folder
+from convexlm.errors import UserError
 from convexlm.testsets import TestSet, load_test_set
 from convexlm.tokenization import PromptSettings, decode_text, encode_prompts
 
@@ -64,8 +66,8 @@ class Reference:
         if job.search.num_beams > 1:
             options["early_stopping"] = job.search.early_stopping
             options["no_repeat_ngram_size"] = job.search.no_repeat_ngram_size
-        begun, texts, tokens = time.perf_counter(), [], 0
         prompts = encode_prompts(self.tokenizer, job.prompts(), self.settings)
+        begun, texts, tokens = time.perf_counter(), [], 0
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             width = max(map(len, batch))
@@ -140,9 +142,7 @@ def _measure(checkpoint: Path, test_set: TestSet, search: Search, args: argparse
                 job = DecodeJob(test_set, search, Path(folder) / "out.jsonl", settings)
                 try:
                     seconds, texts[name], tokens[name] = _once(name, reference, checkpoint, job)
-                except Exception as error:
-                    if type(error).__name__ != "UserError":
-                        raise
+                except UserError as error:
                     refused[name] = str(error)
                     continue
             runs.setdefault(name, []).append(seconds)
@@ -206,7 +206,8 @@ def _page(found: dict[str, Any]) -> str:
     lines = [
         "# Decoding speed\n",
         "The reference's loop (file order, 4 at a time, transformers' `generate`) and `convexlm decode`: the same "
-        "checkpoint, sentences and search. Medians of interleaved repeats; loading is not counted.\n",
+        "checkpoint, sentences and search. Medians of interleaved repeats; starting, loading, converting and tokenizing "
+        "are not counted.\n",
         f"`{about['command']}`\n",
         f"{about['machine']}, {about['cores']} cores, {about['threads']} thread(s) a process; load average of the "
         f"machine meanwhile {', '.join(map(str, about['load_average']))} (a shared machine: trust ratios, not rates); "
@@ -232,7 +233,7 @@ def _about() -> dict[str, Any]:
             versions[name] = None
     threads = torch.get_num_threads()
     return {
-        "command": f"OMP_NUM_THREADS={threads} python benchmarks/decoding.py " + " ".join(sys.argv[1:]),
+        "command": f"OMP_NUM_THREADS={threads} python benchmarks/decoding.py " + " ".join(sys.argv[1:]).strip(),
         "versions": versions,
         "threads": threads,
         "cores": os.cpu_count(),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from training_helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from convexlm.diagnosis import Sample, analyse
 from convexlm.objectives import get_objective
+from training_helpers import tiny_model, tiny_tokenizer
 
 
 def make_checkpoint(folder, seed=0, **changes):

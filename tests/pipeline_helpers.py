@@ -122,10 +122,13 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def results(folder: Path) -> tuple[str, bytes]:
-    """What a run is for: `scores.jsonl` without wall-clock seconds, and the bytes of `comparison.json`."""
+def results(folder: Path) -> tuple[str, str]:
+    """What a run is for: `scores.jsonl` and `comparison.json`, both without wall-clock seconds."""
     rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     for row in rows:
         if "decoding" in row:
             del row["decoding"]["seconds"]
-    return "\n".join(map(json.dumps, rows)), (folder / "comparison.json").read_bytes()
+    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    for row in comparison["outputs"]:
+        del row["seconds_per_sentence"]
+    return "\n".join(map(json.dumps, rows)), json.dumps(comparison)

@@ -1,4 +1,4 @@
-"""The numbers of a diagnosis against float64 forwards, the objectives themselves and closed forms; the advice's rules."""
+"""A diagnosis: its numbers against float64 forwards, the objectives and closed forms; the rules of its advice."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from diagnosis_helpers import (
-    analysed,
-    flat_sample,
-    forward_by_hand,
-    made_sample,
-    make_checkpoint,
-    make_data,
-)
-from training_helpers import tiny_tokenizer
 
 from convexlm.diagnosis import DERIVED, MEASURED, REPORTED, RULES, Sample, advise, analyse_objective, compare
 from convexlm.diagnosis.advice import EVIDENCE
@@ -27,6 +18,15 @@ from convexlm.instructions import load_records
 from convexlm.objectives import Objective, get_objective, summarize
 from convexlm.theory import optimum
 from convexlm.tokenization import PromptSettings, tokenize_records
+from diagnosis_helpers import (
+    analysed,
+    flat_sample,
+    forward_by_hand,
+    made_sample,
+    make_checkpoint,
+    make_data,
+)
+from training_helpers import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

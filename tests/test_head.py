@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convexlm import head as head_module
+from convexlm import head_tiles
 from convexlm.head import fused_objective
 from convexlm.head_chunks import default_chunk_tokens, pieces_of, plan_groups
 from convexlm.head_tiles import products_dtype
@@ -494,12 +495,18 @@ def test_the_default_chunk_shrinks_with_the_vocabulary():
     assert sizes[1] * 32_000 * 2 <= 256 * 2**20
 
 
-def test_products_run_in_the_inputs_dtype_unless_that_is_slow():
-    assert products_dtype("cpu", torch.float32, 1) == torch.float32
-    assert products_dtype("cpu", torch.float64, 1) == torch.float64
-    assert products_dtype("cpu", torch.float16, 1) == torch.float32
-    assert products_dtype("cpu", torch.bfloat16, 1) in (torch.bfloat16, torch.float32)
-    assert products_dtype("cuda", torch.float16, 1) == torch.float16
+def test_products_run_in_the_inputs_dtype_unless_that_is_slow(monkeypatch):
+    threads = torch.get_num_threads()
+    assert products_dtype("cpu", torch.float32) == torch.float32
+    assert products_dtype("cpu", torch.float64) == torch.float64
+    assert products_dtype("cpu", torch.float16) == torch.float32
+    assert products_dtype("cpu", torch.bfloat16) in (torch.bfloat16, torch.float32)
+    assert products_dtype("cuda", torch.float16) == torch.float16
+    assert torch.get_num_threads() == threads
+    for bf16_seconds, wanted in ((0.25, torch.bfloat16), (0.9, torch.float32), (4.0, torch.float32)):
+        seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
+        monkeypatch.setattr(head_tiles, "_seconds_of_product", seconds.get)
+        assert products_dtype.__wrapped__("cpu", torch.bfloat16) == wanted
 
 
 @pytest.mark.parametrize("products", [torch.bfloat16, torch.float32], ids=str)

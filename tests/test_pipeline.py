@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from convexlm import cli
 from convexlm.recipe import load_recipe
@@ -294,3 +295,45 @@ def test_a_run_trained_on_many_processes_is_done_on_one(
     alone = _training_identity(train_options(recipe, folder, run), folder)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert _training_identity(train_options(recipe, folder, run), folder) == alone
+
+
+# -- selection
+
+
+def test_test_sets_are_decoded_from_the_selected_checkpoints_alone(copied: Path, tmp_path: Path) -> None:
+    """Over trained arms: decoded, killed in the middle, gone on with, and once more with nothing left to do."""
+    dev = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 8, "seed": 9}]
+    write_recipe(copied, recipe_with(selection="validation", validation_sets=dev))
+    forget(copied, "decode", "recipe.yaml")
+    (copied / "run" / "recipe.yaml").write_text(
+        yaml.safe_dump(load_recipe(copied / "tiny.yaml").resolved, sort_keys=False)
+    )
+    run_here(copied)
+    run = copied / "run"
+    chosen = json.loads((run / "selection.json").read_text())["chosen"]
+    assert set(chosen) == {"mle.seed1", "mle.seed2", "convex.seed1", "convex.seed2"}
+    decoded = {str(path.relative_to(run / "decode")) for path in run.glob("decode/*/*/*.jsonl")}
+    tests = {f"toy.{pair}.{search}.jsonl" for pair in ("en-de", "en-zh") for search in ("greedy", "beam2")}
+    assert decoded == {
+        *(f"{name}/checkpoint-{step}/dev.en-de.greedy.jsonl" for name in chosen for step in (3, 6)),
+        *(f"{name}/{checkpoint}/{file}" for name, checkpoint in chosen.items() for file in tests),
+    }
+    before, first = snapshot(run), results(run)
+    run_here(copied)
+    assert snapshot(run) == before
+    # Killed between selecting and decoding, with a torn selection.
+    shutil.rmtree(run / "decode" / "mle.seed1" / chosen["mle.seed1"])
+    (run / "selection.json").write_text('{"chosen": {"mle.seed1"')
+    (run / "comparison.json").unlink()
+    run_here(copied)
+    assert results(run) == first
+    assert {str(path.relative_to(run / "decode")) for path in run.glob("decode/*/*/*.jsonl")} == decoded
+
+
+def test_a_validation_set_that_is_the_test_set_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    same = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 6, "seed": 5}]
+    write_recipe(tmp_path, recipe_with(selection="validation", validation_sets=same))
+    with _chdir(tmp_path):
+        assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
+    assert "6 of its 6 sentence pairs are in the test set `toy`" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -204,3 +204,24 @@ def test_options_of_a_run_come_from_the_arm_over_the_recipe(tmp_path: Path) -> N
     assert (options["k"], options["objective"], options["max_steps"]) == (1.0, "convex", 6)
     assert "config_name" not in options and options["output_dir"] == str(tmp_path / "run/train/convex.seed1")
     assert options["report_to"] == "none"
+
+
+def test_a_plan_with_validation_decodes_test_sets_from_the_selected_checkpoint_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 4, "seed": 6}]
+    recipe = load(tmp_path, seeds=[1], validation_sets=validation, selection={"on": "validation", "search": "beam2"})
+    plan = make_plan(recipe, tmp_path / "run")
+    assert plan["selection"] == {"on": "validation", "metric": "bleu", "search": "beam2"}
+    jobs = {(job["role"], str(Path(job["file"]).relative_to(tmp_path / "run/decode"))) for job in plan["decode"]}
+    assert jobs == {
+        *(("validation", f"{arm}/checkpoint-{s}/dev.en-de.beam2.jsonl") for arm in ("mle", "convex") for s in (3, 6)),
+        *(
+            ("test", f"{arm}/checkpoint-SELECTED/toy.{pair}.{search}.jsonl")
+            for arm in ("mle", "convex")
+            for pair in ("en-de", "en-zh")
+            for search in ("greedy", "beam2")
+        ),
+    }
+    show_plan(plan, Console(width=200))
+    assert "the best bleu with beam2 search on the validation sets" in capsys.readouterr().out

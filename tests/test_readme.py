@@ -80,7 +80,8 @@ def test_the_trl_example_trains(tmp_path, monkeypatch, tiny_llama):
     (example,) = blocks(README, "python")[:1]
     assert len(example.splitlines()) <= 10
     example = example.replace('"Qwen/Qwen3-0.6B"', repr(str(model_path)))
-    example = example.replace('output_dir="out"', f"output_dir={str(tmp_path / 'out')!r}, max_steps=2, report_to='none'")
+    fewer = f"output_dir={str(tmp_path / 'out')!r}, max_steps=2, report_to='none'"
+    example = example.replace('output_dir="out"', fewer)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     exec(compile(example, "README", "exec"), namespace)

@@ -283,3 +283,44 @@ def test_the_resolved_recipe_is_plain_yaml_and_loads_again(tmp_path: Path) -> No
     recipe = load(tmp_path, vars={"x": "1"})
     again = write_recipe(tmp_path, yaml.safe_load(yaml.safe_dump(recipe.resolved)), "again.yaml")
     assert load_recipe(again).resolved == recipe.resolved
+
+
+DEV = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 4}]
+
+
+def test_a_selection_is_resolved_and_leaves_older_run_folders_alone(tmp_path: Path) -> None:
+    plain = load_recipe(write_recipe(tmp_path, recipe_with()))
+    assert plain.selection == {"on": "last"} and plain.validation_sets == ()
+    assert "selection" not in plain.resolved and "validation_sets" not in plain.resolved
+    short = load_recipe(write_recipe(tmp_path, recipe_with(selection="validation", validation_sets=DEV)))
+    assert short.selection == {"on": "validation", "metric": "bleu", "search": "greedy"}
+    path = write_recipe(tmp_path, recipe_with(validation_sets=DEV))
+    path.write_text(path.read_text() + "selection: {on: validation, metric: chrf, search: beam2}\n")
+    assert load_recipe(path).selection == {"on": "validation", "metric": "chrf", "search": "beam2"}
+    test = load_recipe(write_recipe(tmp_path, recipe_with(selection="test")))
+    assert test.selection == test.resolved["selection"] == {"on": "test", "metric": "bleu", "search": "greedy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"selection": "best"}, "`selection` is last, validation, test"),
+        ({"selection": {"metric": "bleu"}}, "`selection` is last, validation, test"),
+        ({"selection": "validation"}, "needs `validation_sets`"),
+        ({"validation_sets": DEV}, "are not read with `selection: last`"),
+        ({"selection": "test", "validation_sets": DEV}, "are not read with `selection: test`"),
+        ({"selection": {"on": "test", "k": 1}}, "unknown key in `selection`: `k`"),
+        ({"selection": {"on": "last", "metric": "bleu"}}, "say nothing where the last"),
+        ({"selection": {"on": "test", "metric": "ter"}}, "`score.metrics` has: bleu, chrf"),
+        ({"selection": {"on": "test", "search": "beam9"}}, "`decode.searches` has: greedy, beam2"),
+        ({"selection": "test", "decode__checkpoints": "last"}, "chooses among `decode.checkpoints`"),
+        (
+            {"selection": "validation", "validation_sets": [{"name": "toy", "kind": "tinyworld", "pairs": ["en-de"]}]},
+            "test set `toy` has the pair en-de twice",
+        ),
+    ],
+)
+def test_a_selection_that_cannot_be_meant_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(tmp_path, recipe_with(**changes)))
+    assert said in str(error.value) and "tiny.yaml" in str(error.value)

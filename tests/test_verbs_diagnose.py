@@ -8,12 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from diagnosis_helpers import forward_by_hand, make_checkpoint, make_data
-from training_helpers import tiny_tokenizer
 
 from convexlm.cli import main
 from convexlm.instructions import load_records
 from convexlm.tokenization import PromptSettings, tokenize_records
+from diagnosis_helpers import forward_by_hand, make_checkpoint, make_data
+from training_helpers import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +228,38 @@ def test_the_page_is_whole_and_well_formed(capsys, checkpoint, data, tmp_path):
     assert text.count("<svg") >= 4 and "nan" not in re.sub(r"\w*nan\w+|\w+nan\w*", "", text.lower())
     for said in ("convex k=0.5", "power k=0.5", "dft", "Where the gradient goes", "most neglected", "d.jsonl:"):
         assert said in text
+
+
+def test_a_browser_shows_the_page_without_a_complaint(checkpoint, data, tmp_path):
+    from browser import Browser
+
+    page = tmp_path / "p.html"
+    assert main(words(checkpoint, data, "--compare", checkpoint, "--page", page)) == 0
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width, theme in ((1180, "light"), (390, "dark")):
+            browser.open(page, width=width, theme=theme)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate("document.querySelectorAll('section').length") == 5
+            assert browser.problems == []
+    finally:
+        browser.close()
+
+
+def test_settings_reach_the_objectives_and_their_labels(capsys, checkpoint, data, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("k: [1, 2]\nlevel: token\nmle_mix: 0.1\nlength_weighting: sequence\n")
+    found = diagnosed(capsys, checkpoint, data, "--config", config)["objectives"]
+    assert [entry["label"] for entry in found] == [
+        "convex k=1 by token mle_mix=0.1",
+        "convex k=2 by token mle_mix=0.1",
+    ]
+    settings = {"name": "convex", "level": "token", "length_weighting": "sequence", "mle_mix": 0.1, "k": 2.0}
+    assert found[1]["objective"] == settings
+    assert found[0]["weight"]["min"] >= 0.1 and found[0]["weight"]["units"] == "tokens"
+    several = diagnosed(capsys, checkpoint, data, "--objective", "mle", "dft", "power", "convex")["objectives"]
+    labels = ["mle", "dft", "power k=0.5", *(f"convex k={k}" for k in ("0.5", "1", "2", "4"))]
+    assert [entry["label"] for entry in several] == labels
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
             mine = [entry for entry in final if entry.search == search and entry.run.arm == arm]
             count = sum(len(entry.hypotheses) for entry in mine)
             metas = [read_meta(entry) for entry in mine]
-            cuts, seconds = [meta.get("cut") for meta in metas], [meta.get("seconds") for meta in metas]
+            cuts, seconds = _total(metas, "cut"), _total(metas, "seconds")
             loops = sum(repeats(line, entry.target_lang) for entry in mine for line in entry.hypotheses)
             rows.append(
                 {
@@ -58,11 +58,16 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
                     "num_sentences": count,
                     "length_ratio": _length_ratio(mine),
                     "repetition_rate": loops / count,
-                    "cut_rate": None if None in cuts else sum(cuts) / count,
-                    "seconds_per_sentence": None if None in seconds else sum(seconds) / count,
+                    "cut_rate": None if cuts is None else cuts / count,
+                    "seconds_per_sentence": None if seconds is None else seconds / count,
                 }
             )
     return rows
+
+
+def _total(metas: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [meta[key] for meta in metas if meta.get(key) is not None]
+    return sum(values) if len(values) == len(metas) else None
 
 
 def _length_ratio(entries: Sequence[Decoded]) -> float | None:

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from convexlm.comet import imported_rows
 from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
 from convexlm.scoring import Scorer, read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
@@ -84,7 +85,8 @@ def evaluate(
         known = json.loads(folder.comparison.read_text(encoding="utf-8"))
         if known.get("inputs") == inputs:
             return known
-    write_jsonl(folder.scores, _score_rows(decoded))
+    rows = _score_rows(decoded)
+    write_jsonl(folder.scores, [*rows, *imported_rows(folder.scores, rows)])
     comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen)}
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
     return comparison

@@ -252,7 +252,7 @@ class _Pass:
         wanted = hidden.dtype
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
             wanted = torch.get_autocast_dtype(device_type)
-        products = products_dtype(device_type, wanted, torch.get_num_threads())
+        products = products_dtype(device_type, wanted)
         with torch.autocast(device_type, enabled=False):
             return self._run(hidden.detach(), weight.detach(), bias, needs, products)
 

@@ -27,7 +27,7 @@ _WORTH_IT = 1.3
 
 
 @lru_cache(maxsize=8)
-def products_dtype(device_type: str, dtype: torch.dtype, threads: int) -> torch.dtype:
+def products_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products for inputs of `dtype`: itself, but float32 for half precision on a slow CPU.
 
     Half precision needs instructions that many CPUs lack (AVX512-bf16, AMX), and names do not tell how fast they
@@ -37,21 +37,31 @@ def products_dtype(device_type: str, dtype: torch.dtype, threads: int) -> torch.
         return dtype
     if dtype == torch.float16:
         return torch.float32  # its products leave a CPU rounded to float16, whose range their sums exceed
-    seconds = {}
-    for candidate in (dtype, torch.float32):
-        a, b = (torch.zeros(shape, dtype=candidate) for shape in ((256, 512), (512, 2048)))
-        out = torch.empty(256, 2048, dtype=candidate)
-        torch.mm(a, b, out=out)
-        runs = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            torch.mm(a, b, out=out)
-            runs.append(time.perf_counter() - begin)
-        seconds[candidate] = min(runs)
-    ratio = seconds[torch.float32] / seconds[dtype]
+    ratio = _seconds_of_product(torch.float32) / _seconds_of_product(dtype)
     chosen = dtype if ratio >= _WORTH_IT else torch.float32
     logger.info("matrix products of the head: %s on this CPU runs at %.1f x float32; using %s", dtype, ratio, chosen)
     return chosen
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    """Processor time of a small matrix product on one thread.
+
+    Not the time on the clock and not on all threads: on a busy machine a thread waits for others, and that would
+    sometimes decide for the slower dtype.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = (torch.ones(shape, dtype=dtype) for shape in ((128, 512), (512, 2048)))
+        out = torch.empty(128, 2048, dtype=dtype)
+        runs = []
+        for _ in range(6):
+            begin = time.thread_time()
+            torch.mm(a, b, out=out)
+            runs.append(time.thread_time() - begin)
+        return max(min(runs), 1e-9)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Workspace(threading.local):

@@ -14,7 +14,7 @@ from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -31,8 +31,8 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     """Every stage with its steps, files and settings, after checking all that can be checked without weights.
 
     Returns:
-        `recipe`, `run_dir`, `train` (a run each: options, records, steps, checkpoints), `decode` (a file each),
-        `score`, `outputs`.
+        `recipe`, `run_dir`, `train` (a run each: options, records, steps, checkpoints), `selection`, `decode` (a
+        file each; `checkpoint-SELECTED` stands for what validation will choose), `score`, `outputs`.
 
     Raises:
         UserError: as running the recipe would, for whatever is wrong before training begins.
@@ -50,6 +50,7 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         "processes": world_size(),
         "train": trains,
         "searches": {search.name: search.settings() for search in map(Search.from_mapping, recipe.decode["searches"])},
+        "selection": dict(recipe.selection),
         "decode": _plan_decoding(recipe, folder, runs, trains),
         "score": {"metrics": list(recipe.metrics), **recipe.compare},
         "outputs": [str(folder.scores), str(folder.comparison), str(folder.report)],
@@ -145,8 +146,17 @@ def checkpoint_steps(config: ConvexConfig, steps: int | None, epoch: int | None)
 def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from convexlm.decoding import Search
 
-    test_sets = _test_set_sizes(recipe)
-    planned = []
+    test_sets, validation_sets = _set_sizes(recipe.test_sets), _set_sizes(recipe.validation_sets)
+    searches = [Search.from_mapping(options).name for options in recipe.decode["searches"]]
+    validating = recipe.selection["on"] == "validation"
+    planned: list[dict[str, Any]] = []
+
+    def plan(run: Any, step: Any, sets: list[tuple[str, str, int | None]], names: list[str], role: str) -> None:
+        for name, pair, size in sets:
+            for search in names:
+                path = folder.decode(run, f"checkpoint-{step}", name, pair, search)
+                planned.append({"file": str(path), "search": search, "sentences": size, "role": role})
+
     for run, train in zip(runs, trains, strict=True):
         if not recipe.arm(run.arm).decode:
             continue
@@ -159,18 +169,19 @@ def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[di
                 raise UserError(f"decode.checkpoints: {run.name} will have no checkpoint at step {missing[0]}")
             steps = wanted
         for step in steps:
-            for name, pair, size in test_sets:
-                for options in recipe.decode["searches"]:
-                    search = Search.from_mapping(options)
-                    path = folder.decode(run, f"checkpoint-{step}", name, pair, search.name)
-                    planned.append({"file": str(path), "search": search.name, "sentences": size})
+            if validating:
+                plan(run, step, validation_sets, [recipe.selection["search"]], "validation")
+            else:
+                plan(run, step, test_sets, searches, "test")
+        if validating:
+            plan(run, "SELECTED", test_sets, searches, "test")
     return planned
 
 
-def _test_set_sizes(recipe: Recipe) -> list[tuple[str, str, int | None]]:
+def _set_sizes(specs: Sequence[dict[str, Any]]) -> list[tuple[str, str, int | None]]:
     """Name, pair and sentences of every test set; None for one that sacreBLEU would first have to download."""
     sizes: list[tuple[str, str, int | None]] = []
-    for spec in recipe.test_sets:
+    for spec in specs:
         for pair in spec["pairs"]:
             try:
                 test_set = load_test_set(spec, pair, Path.cwd())
@@ -203,6 +214,13 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print("[bold]decode[/bold]")
     for name, settings in plan["searches"].items():
         line("  " + name.ljust(8) + " " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+    selection = plan["selection"]
+    if selection["on"] == "last":
+        line("  compared at the last checkpoint")
+    else:
+        by = f"the best {selection['metric']} with {selection['search']} search"
+        sets = "the validation sets" if selection["on"] == "validation" else "the TEST sets themselves"
+        line(f"  compared at the checkpoint with {by} on {sets}")
     for job in plan["decode"]:
         size = f"{job['sentences']:>6,} sentences" if job["sentences"] is not None else "to be downloaded"
         line(f"  {size} -> {job['file']}")

@@ -52,16 +52,8 @@ SECTIONS: dict[str, set[str]] = {
 }
 SETS = ("test_sets", "validation_sets")
 TOP_LEVEL = {
-    "name",
-    "description",
-    "extends",
-    "plugins",
-    "vars",
-    "seeds",
-    "train",
-    "arms",
+    *("name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", "selection"),
     *SETS,
-    "selection",
     *SECTIONS,
 }
 ARM_KEYS = {"init_from", "decode", "dataset"}
@@ -168,6 +160,8 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         validation_sets=validation_sets,
     )
     recipe.selection.update(check_selection(raw.get("selection"), recipe, wrong))
+    if "selection" in raw:  # not set by default, so that a run folder of before is still this recipe's
+        raw["selection"] = dict(recipe.selection)
     decoded = [arm.name for arm in arms if arm.decode]
     if not decoded:
         raise wrong("every arm has `decode: false`, so there would be nothing to compare")

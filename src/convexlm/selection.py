@@ -25,10 +25,10 @@ def check_selection(value: Any, recipe: Recipe, wrong: Any) -> dict[str, Any]:
     from convexlm.decoding.search import Search
 
     given = {"on": value or "last"} if value is None or isinstance(value, str) else value
+    if isinstance(given, dict):  # YAML 1.1 reads a bare `on` as true
+        given = {"on" if key is True else key: entry for key, entry in given.items()}
     if not isinstance(given, dict) or given.get("on") not in WAYS:
-        raise wrong(
-            f"`selection` is last, validation or test, or {{on: ..., metric: ..., search: ...}}, not {value!r}"
-        )
+        raise wrong(f"`selection` is {', '.join(WAYS)}, or {{on: ..., metric: ..., search: ...}}, not {value!r}")
     if unknown := [key for key in given if key not in ("on", "metric", "search")]:
         raise wrong(f"unknown key in `selection`: `{unknown[0]}`; known: on, metric, search")
     on = given["on"]

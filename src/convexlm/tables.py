@@ -59,12 +59,31 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
                 table.add_row(f"  {gap['arm']}", f"{gap['delta']:+.2f}", *rest)
     console.print(table)
     console.print()
+    if said := selection_said(comparison):
+        # Red for what a reader must know before the figures are believed.
+        style = "bold red" if comparison["selection"]["on"] == "test" else "dim"
+        console.print(said, style=style, markup=False, soft_wrap=True)
     for sentence in conclusions(comparison):
         console.print(sentence, soft_wrap=True)
 
 
 def _metrics(comparison: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["metric"] for row in comparison["table"]))
+
+
+def selection_said(comparison: dict[str, Any]) -> str:
+    """How the compared checkpoints were chosen; empty where they are the last ones."""
+    selection = comparison.get("selection") or {"on": "last"}
+    if selection["on"] == "last":
+        return ""
+    by = f"by {TITLES.get(selection['metric'], selection['metric'])} with {selection['search']} search"
+    chosen = ", ".join(f"{run} {checkpoint}" for run, checkpoint in selection["chosen"].items())
+    if selection["on"] == "test":
+        return (
+            f"Checkpoints were selected on the test set itself, {by}: scores are too good, intervals and p-values do "
+            f"not hold. Selected: {chosen}."
+        )
+    return f"Checkpoints were selected on the validation sets, {by}: {chosen}."
 
 
 def conclusions(comparison: dict[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ RULES = (
         "data",
         lambda f: f["lost_share"] > 0.05,
         "{lost_share:.0%} of the sample were dropped or cut at max_length = {max_length}.",
-        "Raise --max_length, here and in training, or shorten the records.",
+        "Raise --max_length, here and in training, as far as the model has positions, or shorten the records.",
         "A cut answer has no end to learn, and its mean log-probability is that of its head.",
         DERIVED,
     ),

@@ -44,11 +44,11 @@ def render_page(result: dict[str, Any]) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """What the page is titled: the first objective's mean weight and effective sample size."""
-    entry = result["objectives"][0]
-    ess, units = entry["weight"]["effective_sample_size"], entry["weight"]["units"]
-    weight = f"mean weight {entry['update_ratio']:.2g}"
-    return f"{entry['label']}: {weight}, gradient as if from {100 * ess:.0f} % of the {units}"
+    """What the page is titled: how likely the answers are, and the mean weight of the first and last objective."""
+    entries = result["objectives"]
+    ends = entries if len(entries) == 1 else (entries[0], entries[-1])
+    weights = ", ".join(f"{entry['update_ratio']:.2g} for {entry['label']}" for entry in ends)
+    return f"Median p̄ {result['data']['p_bar']['quantiles']['0.5']:.2g}; mean weight {weights}"
 
 
 def record_lists(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from convexlm.objectives import Objective
     from convexlm.tokenization import PromptSettings, TokenizedRecords
 
-SHOWN_PROMPT, SHOWN_COMPLETION = 300, 400
+SHOWN_PROMPT, SHOWN_COMPLETION = 200, 400
 SCHEMA = 1
 
 

@@ -24,7 +24,12 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     data, reading = result["data"], result["reading"]
     p = data["p_bar"]["quantiles"]
     line(f"{reading['sampled']} of {reading['total_records']} records of {result['dataset']}", "bold")
-    line(f"measured with {result['model']} ({result['dtype']}, template {result['prompt']['template']})", "dim")
+    weighting = result["objectives"][0]["objective"]["length_weighting"]
+    line(
+        f"measured with {result['model']} ({result['dtype']}, template {result['prompt']['template']}); "
+        f"length weighting by {weighting}",
+        "dim",
+    )
     line(
         f"p̄: 5 % below {p['0.05']:.2g}, median {p['0.5']:.2g}, 5 % above {p['0.95']:.2g}; "
         f"NLL {data['nll']:.3f} nats a token; answers of {data['lengths']['quantiles']['0']:.0f} to "

@@ -140,7 +140,8 @@ def _read_comparison(folder: RunFolder) -> dict[str, Any]:
             raise UserError(f"{folder.comparison}: has no `{key}`; delete it and run the recipe again")
     if not comparison["arms"] or not comparison["metrics"] or not comparison["table"]:
         raise UserError(f"{folder.comparison}: compares nothing; delete it and run the recipe again")
-    return {"gaps": [], "paired": [], "resampling": {}} | comparison
+    lists: dict[str, Any] = {key: [] for key in ("gaps", "paired", "outputs", "by_length", "checkpoints_scores")}
+    return lists | {"resampling": {}, "selection": {"on": "last"}} | comparison
 
 
 def _runs(comparison: dict[str, Any]) -> list[TrainedRun]:

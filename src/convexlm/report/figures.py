@@ -79,27 +79,25 @@ def training_figures(run: RunData) -> list[Figure]:
 
 
 def checkpoint_figures(run: RunData) -> list[Figure]:
-    """Score over checkpoints, a panel a search, if more than one checkpoint was decoded: the mean over directions."""
+    """Score over checkpoints with 95 % intervals, a panel a search and role, where several were decoded."""
     metric = run.comparison["metrics"][0]
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in run.comparison["checkpoints_scores"]:
+        if row["metric"] == metric and is_number(row.get("score")):
+            panels.setdefault((row["role"], row["search"]), []).append(row)
     found = []
-    for search in run.comparison["searches"]:
-        lines, most = [], 0
+    for (role, search), rows in panels.items():
+        lines = []
         for one in run.runs:
-            by_step: dict[int, list[float]] = {}
-            for row in run.scores:
-                mine = row.get("arm") == one.arm and row.get("seed") in (one.seed, None)
-                if mine and row.get("search") == search and row.get("metric") == metric and is_number(row["score"]):
-                    by_step.setdefault(_step(row["checkpoint"]), []).append(row["score"])
-            points: list[tuple[float, float | None]] = [
-                (float(step), sum(values) / len(values)) for step, values in sorted(by_step.items())
-            ]
-            most = max(most, len(points))
-            lines.append(Line(one.arm, run.style(one.arm), points))
-        if most < 2:
-            continue
-        svg = curves(f"{metric_title(metric)} over checkpoints, {search} search", lines)
+            mine = [row for row in rows if row["arm"] == one.arm and row["seed"] == one.seed]
+            mine.sort(key=lambda row: _step(row["checkpoint"]))
+            points: list[tuple[float, float | None]] = [(float(_step(r["checkpoint"])), r["score"]) for r in mine]
+            ends = [(r["low"], r["high"]) if is_number(r["low"]) and is_number(r["high"]) else None for r in mine]
+            lines.append(Line(one.arm, run.style(one.arm), points, ends))
+        svg = curves(f"{metric_title(metric)} over checkpoints, {search} search, {role} sets", lines)
         if svg is not None:
-            found.append(Figure(f"{metric_title(metric)} by checkpoint, {search}", "mean over the directions", svg))
+            note = f"{role} sets, mean over the directions; uprights: 95 % over sentences"
+            found.append(Figure(f"{metric_title(metric)} by checkpoint, {search}", note, svg))
     return found
 
 
@@ -166,6 +164,7 @@ def _final_rows(run: RunData, metric: str) -> list[dict[str, Any]]:
         row
         for row in run.scores
         if row.get("metric") == metric
+        and row.get("role", "test") == "test"
         and is_number(row.get("score"))
         and row.get("checkpoint") == final.get((str(row.get("arm")), row.get("seed", 0)))
     ]

@@ -63,6 +63,36 @@ def main_table(run: RunData) -> list[dict[str, Any]]:
     return groups
 
 
+def length_table(run: RunData) -> dict[str, Any]:
+    """Scores by quarters of the sources' length: `metric`, `heads` (a text a quarter), `groups` (search, rows)."""
+    found = run.comparison["by_length"]
+    if not found:
+        return {"metric": None, "heads": [], "groups": []}
+    buckets = sorted({row["bucket"] for row in found})
+    heads = []
+    for bucket in buckets:
+        row = next(row for row in found if row["bucket"] == bucket)
+        heads.append((f"{row['shortest']} to {row['longest']}", row["num_sentences"]))
+    cells = {(row["search"], row["arm"], row["bucket"]): row["score"] for row in found}
+    groups = [
+        (search, [(arm, run.style(arm), [cells.get((search, arm, bucket)) for bucket in buckets]) for arm in run.arms])
+        for search in run.comparison["searches"]
+    ]
+    return {"metric": found[0]["metric"], "heads": heads, "groups": groups}
+
+
+def comet_means(run: RunData) -> dict[tuple[str, str], float]:
+    """The mean imported COMET by (search, arm) at the compared checkpoints; only where all of an arm's outputs have it."""
+    found: dict[tuple[str, str], list[float]] = {}
+    final = {(one.arm, one.seed): run.checkpoint(one) for one in run.runs}
+    for row in run.scores:
+        place = final.get((str(row.get("arm")), row.get("seed", 0)))
+        if row.get("metric") == "comet" and row.get("role") == "test" and row.get("checkpoint") == place:
+            found.setdefault((row["search"], row["arm"]), []).append(row["score"])
+    whole = len(run.comparison["corpora"]) * len(run.comparison["seeds"])
+    return {key: sum(values) / whole for key, values in found.items() if len(values) == whole}
+
+
 def table_metrics(run: RunData) -> list[str]:
     """Every measure of the table, the recipe's first metric first."""
     return list(dict.fromkeys([run.comparison["metrics"][0], *(row["metric"] for row in run.comparison["table"])]))

@@ -12,20 +12,24 @@ from markupsafe import Markup
 
 from convexlm.report import register_format
 from convexlm.report.figures import checkpoint_figures, cost_figures, direction_figures, strips, training_figures
-from convexlm.report.findings import headline, main_table, table_metrics
+from convexlm.report.findings import comet_means, headline, length_table, main_table, table_metrics
 from convexlm.report.sentences import read_sentences
 from convexlm.report.settings import read_settings
 from convexlm.report.text import (
+    NOTHING,
     delta_text,
     interval_text,
+    is_number,
     is_share,
     metric_title,
     p_text,
     score_text,
     script_json,
+    share_text,
     visible,
 )
 from convexlm.significance import is_sure
+from convexlm.tables import selection_said
 
 if TYPE_CHECKING:
     import jinja2
@@ -52,6 +56,9 @@ def render_page(run: RunData) -> str:
             metrics=table_metrics(run),
             table=main_table(run),
             strips=strips(run),
+            comet=comet_means(run),
+            lengths=length_table(run),
+            selection_said=selection_said(run.comparison),
             training=training_figures(run),
             checkpoints=checkpoint_figures(run),
             costs=cost_figures(run),
@@ -81,6 +88,9 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         score=score_text, delta=delta_text, p=p_text, metric_title=metric_title, is_share=is_share, is_sure=is_sure
     )
+    environment.filters["percent"] = share_text
+    environment.filters["fixed"] = lambda value: f"{value:.3g}" if is_number(value) else NOTHING
+    environment.filters["four"] = lambda value: f"{value:.4f}" if is_number(value) else NOTHING
     environment.globals["interval"] = interval_text
     return environment
 

@@ -18,8 +18,10 @@ from convexlm.report.text import (
     metric_title,
     p_text,
     score_text,
+    share_text,
     visible,
 )
+from convexlm.tables import selection_said
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +47,15 @@ def render_markdown(run: RunData) -> str:
     """The headline, the main table, the differences a direction and the signatures, in GitHub's Markdown."""
     title, said = headline(run)
     head, rows = _main_rows(run)
+    chosen = selection_said(run.comparison)
+    if chosen and run.comparison["selection"]["on"] == "test":
+        said = [f"WARNING: {chosen}", *said]
+    elif chosen:
+        said = [*said, chosen]
     out = [f"## {_md(title)}", "", *(f"{_md(sentence)}  " for sentence in said), "", *_md_table(head, rows, 2)]
+    head, rows = _output_rows(run)
+    if rows:
+        out += ["", "### Outputs", "", *_md_table(head, rows, 2)]
     head, rows = _direction_rows(run)
     if rows:
         out += ["", "### In every direction", "", *_md_table(head, rows, 5)]
@@ -65,6 +75,8 @@ def render_latex(run: RunData) -> str:
     title, _ = headline(run)
     head, rows = _main_rows(run)
     out = [r"% needs \usepackage{booktabs}"]
+    if chosen := selection_said(run.comparison):
+        out.append(f"% {_plain(chosen)}")
     out += [f"% {_plain(name)}: {_plain(text)}" for name, _, text in read_settings(run).signatures]
     out += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(title)}.}}"]
     out += [rf"\begin{{tabular}}{{ll{'r' * (len(head) - 2)}}}", r"\toprule", _tex_row(head), r"\midrule"]
@@ -93,6 +105,10 @@ def render_json(run: RunData) -> str:
         "resampling",
         "table",
         "gaps",
+        "selection",
+        "outputs",
+        "by_length",
+        "checkpoints_scores",
     )
     report = {
         "schema": 1,
@@ -163,6 +179,17 @@ def _direction_rows(run: RunData) -> tuple[list[str], list[list[str]]]:
         line = [row["test_set"], row["pair"], row["search"], row["system"], row["seed"], metric_title(metric)]
         line += [score_text(row.get("score"), metric), _delta(row, metric), interval_text(row, metric)]
         rows.append([str(value) for value in [*line, _p(row.get("p_two_sided", row.get("p_value")))]])
+    return head, rows
+
+
+def _output_rows(run: RunData) -> tuple[list[str], list[list[str]]]:
+    head = ["objective", "search", "length ratio", "repetitive", "cut", "s a sentence"]
+    rows = []
+    for row in run.comparison["outputs"]:
+        ratio, cost = row["length_ratio"], row["seconds_per_sentence"]
+        line = [row["arm"], row["search"], f"{ratio:.3f}" if is_number(ratio) else ""]
+        line += [share_text(row["repetition_rate"]), share_text(row["cut_rate"])]
+        rows.append([*line, f"{cost:.3g}" if is_number(cost) else ""])
     return head, rows
 
 

@@ -38,6 +38,8 @@ def metric_title(metric: str) -> str:
     """What a metric is called in print."""
     from convexlm.scoring import METRICS
 
+    if metric == "comet":
+        return "COMET"
     return TITLES.get(metric) or (METRICS[metric].title if metric in METRICS else metric)
 
 
@@ -51,6 +53,11 @@ def score_text(value: Any, metric: str) -> str:
     if not is_number(value):
         return NOTHING
     return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.2f}"
+
+
+def share_text(value: Any) -> str:
+    """A share from 0 to 1 in percent; a dash for what is no number."""
+    return f"{100 * value:.1f} %" if is_number(value) else NOTHING
 
 
 def delta_text(value: Any, metric: str) -> str:

@@ -134,8 +134,19 @@ def _objectives(args: argparse.Namespace) -> list[tuple[str, Objective]]:
         except ValueError as error:
             raise UserError(str(error)) from None
         for one in made:
-            found.setdefault(f"{name} k={one.k:g}" if has_k and name != "dft" else name, one)  # type: ignore[attr-defined]
+            found.setdefault(_label(name, one, has_k), one)
     return list(found.items())
+
+
+def _label(name: str, objective: Objective, has_k: bool) -> str:
+    words = [name]
+    if has_k and name != "dft":
+        words.append(f"k={objective.k:g}")  # type: ignore[attr-defined]
+    if objective.level == "token" and name != "dft":
+        words.append("by token")
+    if objective.mle_mix:
+        words.append(f"mle_mix={objective.mle_mix:g}")
+    return " ".join(words)
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -31,6 +31,12 @@ def make_parser(prog: str) -> VerbParser:
     parser.add_argument("--confidence", action="store_true", help="add bootstrap 95 %% intervals")
     parser.add_argument("--n_samples", type=int, default=1000, help="resamples for --confidence (default: 1000)")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of the resampling (default: {DEFAULT_SEED})")
+    parser.add_argument(
+        "--export_comet", metavar="FILE.jsonl", help="write source, hypothesis and reference as comet-score reads them"
+    )
+    parser.add_argument(
+        "--sources", metavar="FILE", help="text, one a line, for --export_comet; a decode file has them inside"
+    )
     return parser
 
 
@@ -47,6 +53,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_lengths({f"{args.hypotheses} (hypotheses)": hypotheses, **streams})
     scorer = Scorer(references, args.target_lang, args.metrics, tokenize=args.tokenize)
     scores = scorer.score(hypotheses, confidence=args.n_samples if args.confidence else 0, seed=args.seed)
+    exported = {}
+    if args.export_comet:
+        from convexlm.comet import export_comet
+
+        sources = _read_sources(args)
+        exported = {"comet": export_comet(args.export_comet, sources, hypotheses, references[0])}
+    elif args.sources:
+        raise UserError("--sources is read for --export_comet only")
     return {
         "scores": [score.as_dict() for score in scores],
         "num_sentences": len(hypotheses),
@@ -54,7 +68,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "hypotheses": args.hypotheses,
         "references": args.references,
         "target_lang": args.target_lang,
+        **exported,
     }
+
+
+def _read_sources(args: argparse.Namespace) -> list[str]:
+    from convexlm.errors import UserError
+    from convexlm.files import read_jsonl, read_lines
+
+    if args.sources:
+        return read_lines(args.sources)
+    if not args.hypotheses.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError("--export_comet needs --sources FILE where the hypotheses are plain text")
+    sources = [row.get("source") for row in read_jsonl(args.hypotheses)]
+    if not all(isinstance(source, str) for source in sources):
+        raise UserError(f"{args.hypotheses}: a record has no `source`; give --sources FILE")
+    return [str(source) for source in sources]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -82,5 +111,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for score in result["scores"]:
         # Not wrapped, so that a signature can be copied.
         console.print(f"{score['metric']}|{score['signature']}", style="dim", markup=False, soft_wrap=True)
+    if "comet" in result:
+        console.print(result["comet"]["command"], markup=False, soft_wrap=True)
     empty = f", {result['num_empty']} of them empty" if result["num_empty"] else ""
     console.print(f"{result['num_sentences']} sentences{empty}", style="dim")

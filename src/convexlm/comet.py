@@ -1,0 +1,163 @@
+"""COMET by way of files, since its package cannot be installed beside ours: what `comet-score` reads, and what it wrote.
+
+    convexlm score ... --export_comet out/mle.jsonl     # and out/mle.src, out/mle.mt, out/mle.ref
+    comet-score -s out/mle.src -t out/mle.mt -r out/mle.ref --model MODEL --to_json out/mle.comet.json
+    convexlm report RUN --comet out/mle.comet.json --comet_model MODEL
+
+What is read back is matched with a run's decode files by the text of its sources and hypotheses, so that no score can
+end up with another system's output.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.files import file_sha256, read_jsonl, read_text, text_sha256, write_atomic, write_jsonl
+from convexlm.scoring import check_lengths
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from convexlm.runs import RunFolder
+
+METRIC = "comet"
+STREAMS = {"src": "src", "mt": "mt", "ref": "ref"}  # what comet-score calls them -> what our files end in
+
+
+def export_comet(
+    path: str | Path, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]
+) -> dict[str, str]:
+    """Write `path` (JSON Lines of `src`, `mt`, `ref`) and, beside it, the three text files that comet-score reads.
+
+    A line end or another sign that Python takes for one becomes a blank, for comet-score reads a line a segment.
+
+    Returns:
+        The files by what they hold, and `command`, which scores them.
+
+    Raises:
+        UserError: streams of different length, or a name that does not end in `.jsonl`.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise UserError(f"--export_comet {path}: give a name that ends in .jsonl")
+    check_lengths({"hypotheses": hypotheses, "sources": sources, "references": references})
+    streams = {
+        key: [_one_line(text) for text in texts]
+        for key, texts in (("src", sources), ("mt", hypotheses), ("ref", references))
+    }
+    files = {key: str(path.with_suffix(f".{end}")) for key, end in STREAMS.items()}
+    for key, texts in streams.items():
+        write_atomic(files[key], "".join(f"{text}\n" for text in texts))
+    write_jsonl(path, [dict(zip(streams, row, strict=True)) for row in zip(*streams.values(), strict=True)])
+    scored = path.with_suffix(".comet.json")
+    command = f"comet-score -s {files['src']} -t {files['mt']} -r {files['ref']} --to_json {scored}"
+    return {"jsonl": str(path), **files, "command": command}
+
+
+def read_comet(path: str | Path) -> list[list[dict[str, Any]]]:
+    """The systems of a `comet-score --to_json` file: for each its segments, with `src`, `mt` and `COMET`.
+
+    Raises:
+        UserError: no such file, or none that comet-score wrote.
+    """
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path}: expected what `comet-score --to_json` writes, a list of segments by file name")
+    for name, segments in found.items():
+        if not isinstance(segments, list) or not segments:
+            raise UserError(f"{path}: no segments under `{name}`")
+        for number, row in enumerate(segments, start=1):
+            texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("src", "mt"))
+            if not texts or isinstance(row.get("COMET"), bool) or not isinstance(row.get("COMET"), (int, float)):
+                raise UserError(
+                    f"{path}, `{name}`, segment {number}: needs the texts `src`, `mt` and a number `COMET`"
+                )
+    return list(found.values())
+
+
+def import_comet(folder: RunFolder, paths: Sequence[str | Path], model: str | None = None) -> list[dict[str, Any]]:
+    """Add the scores of comet-score files to a run's `scores.jsonl`, in place of those of the same outputs.
+
+    Args:
+        folder: a run folder that was scored.
+        paths: what `comet-score --to_json` wrote.
+        model: the COMET model's name, for the signature; comet-score's file does not say it.
+
+    Returns:
+        The rows that were added, one a decode file: `metric` is `comet`, `score` the mean over segments, on the model's
+        own scale.
+
+    Raises:
+        UserError: a file cannot be read, or has a system that is no output of this run.
+    """
+    if not folder.scores.is_file():
+        raise UserError(f"{folder.path}: there is no scores.jsonl to add to; run the recipe first")
+    rows = list(read_jsonl(folder.scores))
+    known = _outputs(folder, rows)
+    added: list[dict[str, Any]] = []
+    for path in paths:
+        digest = file_sha256(path) if Path(path).is_file() else ""
+        for segments in read_comet(path):
+            key = _key([row["src"] for row in segments], [row["mt"] for row in segments])
+            if key not in known:
+                raise UserError(
+                    f"{path}: its {len(segments)} sources and outputs are those of no decode file that {folder.path} "
+                    "scored; export them with `convexlm score --export_comet`"
+                )
+            score = sum(float(row["COMET"]) for row in segments) / len(segments)
+            signature = f"comet|model:{model or 'not stated'}|segments:{len(segments)}|json:{digest[:16]}"
+            for about in known[key]:
+                added.append(about | {"metric": METRIC, "score": score, "signature": signature})
+                added[-1] |= {"num_sentences": len(segments), "imported": True}
+    fresh = {_place(row) for row in added}
+    kept = [row for row in rows if row.get("metric") != METRIC or _place(row) not in fresh]
+    write_jsonl(folder.scores, [*kept, *added])
+    return added
+
+
+def imported_rows(path: Path, scored: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The imported rows of an older `scores.jsonl` whose outputs are still those of `scored`."""
+    if not path.is_file():
+        return []
+    now = {(_place(row), row.get("hypotheses_sha256")) for row in scored}
+    old = read_jsonl(path, torn_last_line_ok=True)
+    return [row for row in old if row.get("imported") and (_place(row), row.get("hypotheses_sha256")) in now]
+
+
+ABOUT = ("arm", "seed", "checkpoint", "role", "test_set", "pair", "search")
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ABOUT)
+
+
+def _outputs(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What every scored decode file is, by the hash of its sources and hypotheses; equal outputs share one."""
+    arms = {(row["arm"], row["seed"]) for row in rows}
+    several = len({seed for _, seed in arms}) > 1
+    hashes = {_place(row): row["hypotheses_sha256"] for row in rows if row.get("hypotheses_sha256")}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for place, digest in hashes.items():
+        about = dict(zip(ABOUT, place, strict=True))
+        name = f"{about['arm']}.seed{about['seed']}" if several else about["arm"]
+        file = f"{about['test_set']}.{about['pair']}.{about['search']}.jsonl"
+        path = folder.path / "decode" / str(name) / str(about["checkpoint"]) / file
+        records = list(read_jsonl(path))
+        key = _key([str(r.get("source", "")) for r in records], [str(r.get("hypothesis", "")) for r in records])
+        found.setdefault(key, []).append(about | {"hypotheses_sha256": digest})
+    return found
+
+
+def _key(sources: Sequence[str], hypotheses: Sequence[str]) -> str:
+    # comet-score strips its lines.
+    return text_sha256([_one_line(text) for text in [*sources, *hypotheses]])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines()).strip()

@@ -1,0 +1,113 @@
+"""COMET's files: written as `comet-score` reads them, and read back only onto the outputs that they are of."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from convexlm import cli
+from convexlm.files import read_jsonl
+from test_evaluation import Run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def as_comet_reads(path: Path) -> list[str]:
+    """How comet-score reads a text file."""
+    with path.open(encoding="utf-8") as file:
+        return [line.strip() for line in file.readlines()]
+
+
+def score_like_comet(folder: Path, names: dict[str, float]) -> Path:
+    """What `comet-score --to_json` writes for exported files, with a made-up score a system."""
+    found: dict[str, Any] = {}
+    for name, score in names.items():
+        streams = {key: as_comet_reads(folder / f"{name}.{key}") for key in ("src", "mt", "ref")}
+        rows = [dict(zip(streams, row, strict=True)) for row in zip(*streams.values(), strict=True)]
+        found[f"{name}.mt"] = [row | {"COMET": score + 0.001 * at} for at, row in enumerate(rows)]
+    path = folder / "scored.json"
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=4), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Run:
+    run = Run(tmp_path, seeds=[1], compare={"n_samples": 20})
+    run.write({("good", "greedy"): 0.2})
+    run.evaluate()
+    run.folder.recipe.write_text((tmp_path / "tiny.yaml").read_text())
+    (tmp_path / "ref.txt").write_text("\n".join(run.test_sets[0].references[0]) + "\n", encoding="utf-8")
+    return run
+
+
+def export(run: Run, home: Path) -> None:
+    for trained in run.runs:
+        path = run.folder.decode(trained, "checkpoint-12", "t", "en-de", "greedy")
+        words = ["--references", str(home / "ref.txt"), "--target_lang", "de", "--json"]
+        words += ["--export_comet", str(home / f"{trained.arm}.jsonl")]
+        assert cli.main(["score", "--hypotheses", str(path), *words]) == 0
+
+
+def test_there_and_back(made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(made, tmp_path)
+    exported = json.loads(capsys.readouterr().out.splitlines()[0])["comet"]
+    assert exported["command"].startswith(f"comet-score -s {tmp_path}/good.src -t {tmp_path}/good.mt -r ")
+    rows = list(read_jsonl(tmp_path / "mle.jsonl"))
+    assert set(rows[0]) == {"src", "mt", "ref"}
+    assert [row["mt"].strip() for row in rows] == as_comet_reads(tmp_path / "mle.mt")
+    scored = score_like_comet(tmp_path, {"good": 0.8, "mle": 0.7})
+    words = ["report", str(made.folder.path), "--comet", str(scored), "--comet_model", "Unbabel/wmt22-comet-da"]
+    assert cli.main([*words, "--json"]) == 0
+    added = json.loads(capsys.readouterr().out)["comet"]
+    assert {(row["arm"], row["checkpoint"], row["search"]) for row in added} >= {
+        ("good", "checkpoint-12", "greedy"),
+        ("mle", "checkpoint-12", "greedy"),
+    }
+    good = next(row for row in added if row["arm"] == "good")
+    assert good["score"] == pytest.approx(0.8 + 0.001 * 23 / 2)
+    assert "model:Unbabel/wmt22-comet-da" in good["signature"]
+    page = made.folder.report.read_text()
+    assert "0.8115" in page and "COMET" in page
+    # Twice gives no row twice; another evaluation of the same outputs keeps them, of other outputs does not.
+    before = made.folder.scores.read_bytes()
+    assert cli.main(words) == 0 and made.folder.scores.read_bytes() == before
+    made.folder.comparison.unlink()
+    made.evaluate()
+    assert made.folder.scores.read_bytes() == before
+    made.write({("good", "greedy"): 0.3})
+    made.evaluate()
+    left = {row["arm"] for row in read_jsonl(made.folder.scores) if row["metric"] == "comet"}
+    assert "good" not in left
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "expected what `comet-score --to_json` writes"),
+        ('{"a": []}', "no segments under `a`"),
+        ('{"a": [{"src": "x", "mt": "y"}]}', "segment 1: needs the texts `src`, `mt` and a number `COMET`"),
+        ('{"a": [{"src": "x", "mt": "y", "COMET": 0.5}]}', "those of no decode file"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_what_is_no_score_of_this_run_is_refused(
+    made: Run, tmp_path: Path, text: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    before = made.folder.scores.read_bytes()
+    assert cli.main(["report", str(made.folder.path), "--comet", str(tmp_path / "bad.json")]) == 2
+    assert said in capfd.readouterr().err
+    assert made.folder.scores.read_bytes() == before
+
+
+def test_plain_text_needs_its_sources(made: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["score", "--hypotheses", str(tmp_path / "ref.txt"), "--references", str(tmp_path / "ref.txt")]
+    words += ["--target_lang", "de", "--export_comet", str(tmp_path / "x.jsonl")]
+    assert cli.main(words) == 2
+    assert "needs --sources FILE" in capfd.readouterr().err
+    (tmp_path / "short.txt").write_text("one\n")
+    assert cli.main([*words, "--sources", str(tmp_path / "short.txt")]) == 2
+    assert "24" in capfd.readouterr().err and not (tmp_path / "x.jsonl").exists()
