@@ -79,8 +79,8 @@ def test_there_and_back(made: Run, tmp_path: Path, capsys: pytest.CaptureFixture
     assert made.folder.scores.read_bytes() == before
     made.write({("good", "greedy"): 0.3})
     made.evaluate()
-    left = {row["arm"] for row in read_jsonl(made.folder.scores) if row["metric"] == "comet"}
-    assert "good" not in left
+    left = [(r["arm"], r["search"]) for r in read_jsonl(made.folder.scores) if r["metric"] == "comet"]
+    assert left == [("good", "beam2"), ("mle", "greedy"), ("mle", "beam2")]
 
 
 @pytest.mark.parametrize(

@@ -418,3 +418,36 @@ def test_an_output_that_cannot_be_written(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         write_report(plain, tmp_path / "file" / "page.html")
+
+
+def test_outputs_and_lengths_are_in_the_page_and_in_markdown(plain: Path, tmp_path: Path) -> None:
+    text = write_report(plain, tmp_path / "a.html").read_text(encoding="utf-8")
+    comparison = json.loads((plain / "comparison.json").read_text())
+    row = comparison["outputs"][0]
+    assert f"{row['length_ratio']:.3g}</td>" in text and "By length of the source" in text
+    for part in comparison["by_length"]:
+        assert f'<td class="num">{part["score"]:.2f}</td>' in text
+    assert 'class="upright"' in text  # intervals of the checkpoints
+    markdown = write_report(plain, tmp_path / "a.md", format="md").read_text(encoding="utf-8")
+    assert "### Outputs" in markdown and f"| {row['length_ratio']:.3f} |" in markdown
+
+
+@pytest.mark.parametrize("on", ["test", "validation"])
+def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_path: Path, on: str) -> None:
+
+    shutil.copytree(plain, tmp_path / "run")
+    path = tmp_path / "run" / "comparison.json"
+    comparison = json.loads(path.read_text())
+    comparison["selection"] = {
+        "on": on,
+        "metric": "bleu",
+        "search": "greedy",
+        "chosen": comparison["checkpoints"],
+    }
+    path.write_text(json.dumps(comparison))
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    said = "selected on the test set itself" if on == "test" else "selected on the validation sets"
+    assert said in text and ('class="lede warning"' in text) == (on == "test")
+    markdown = write_report(tmp_path / "run", format="md").read_text(encoding="utf-8")
+    assert said in markdown and ("WARNING: Checkpoints" in markdown) == (on == "test")
+    assert said in write_report(tmp_path / "run", format="latex").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""COMET by way of files, since its package cannot be installed beside ours: what `comet-score` reads, and what it wrote.
+"""COMET by way of files, since its package cannot be installed beside ours: what comet-score reads, and what it wrote.
 
     convexlm score ... --export_comet out/mle.jsonl     # and out/mle.src, out/mle.mt, out/mle.ref
     comet-score -s out/mle.src -t out/mle.mt -r out/mle.ref --model MODEL --to_json out/mle.comet.json
@@ -90,8 +90,8 @@ def import_comet(folder: RunFolder, paths: Sequence[str | Path], model: str | No
         model: the COMET model's name, for the signature; comet-score's file does not say it.
 
     Returns:
-        The rows that were added, one a decode file: `metric` is `comet`, `score` the mean over segments, on the model's
-        own scale.
+        The rows that were added, one a decode file: `metric` is `comet`, `score` the mean over segments, on the
+        model's own scale.
 
     Raises:
         UserError: a file cannot be read, or has a system that is no output of this run.

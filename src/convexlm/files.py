@@ -138,6 +138,32 @@ def _decode(path: str | Path, raw: bytes, *, torn_end_ok: bool = False) -> str:
         raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it first") from None
 
 
+def iter_lines(path: str | Path) -> Iterator[str]:
+    r"""The lines of a UTF-8 text file (plain or `.gz`) without their `\n`, one at a time, however large the file.
+
+    Raises:
+        UserError: as `read_text`, when the line in question is reached.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.open(raw) if zipped else contextlib.nullcontext(raw) as file:
+                for number, line in enumerate(file, start=1):
+                    yield line.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a file") from None
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise UserError(f"{path}, line {number}: not UTF-8 (byte 0x{bad:02x}); convert it first") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
 def read_lines(path: str | Path) -> list[str]:
     r"""The lines of a UTF-8 text file (plain or `.gz`), one segment a line.
 

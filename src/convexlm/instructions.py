@@ -16,6 +16,7 @@ them. A new format is one function under `@register_format`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import read_text
+from convexlm.files import iter_lines, read_text
 from convexlm.templates import Template, get_template
 
 if TYPE_CHECKING:
@@ -232,10 +233,23 @@ def load_records(
         UserError: no such file or name, an empty file, a broken record (with its line), a record without output,
             wrong types, unknown or mixed formats, an unknown template.
     """
-    filler = get_template(template)
     if max_records is not None and (isinstance(max_records, bool) or max_records < 1):
         raise UserError(f"max_records must be at least 1, found {max_records}")
-    records: list[Record] = []
+    found = (record for record, _ in iter_records(dataset, template=template, split=split))
+    records = list(itertools.islice(found, max_records))
+    if not records:
+        raise UserError(f"{dataset}: there are no records in it")
+    return records
+
+
+def iter_records(
+    dataset: str | Path, *, template: str = "alpaca", split: str = "train"
+) -> Iterator[tuple[Record, Mapping[str, Any]]]:
+    """Records one after another, each with the row it was made of; see `load_records`.
+
+    JSON Lines and parquet files are read as a stream, so memory does not grow with the file.
+    """
+    filler = get_template(template)
     first: tuple[str, Format] | None = None
     for row_id, where, row in _rows(dataset, split):
         try:
@@ -250,12 +264,7 @@ def load_records(
             _check_encodable(record)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        records.append(Record(record.prompt, record.completion, weight, row_id, record.messages))
-        if len(records) == max_records:
-            break
-    if not records:
-        raise UserError(f"{dataset}: there are no records in it")
-    return records
+        yield Record(record.prompt, record.completion, weight, row_id, record.messages), row
 
 
 def _check_encodable(record: Record) -> None:
@@ -285,12 +294,13 @@ _DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", 
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
-    text = read_text(path)
-    start = text.lstrip()[:1]
-    if not start:
+    numbered = ((number, line) for number, line in enumerate(iter_lines(path), start=1) if line.strip())
+    begin = next(numbered, None)
+    if begin is None:
         raise UserError(f"{path}: the file is empty")
+    start = begin[1].lstrip()[0]
     if start == "[":
-        rows = _parse(text, path, 0)
+        rows = _parse(read_text(path), path, 0)
         if not rows:
             raise UserError(f"{path}: the array is empty")
         for number, row in enumerate(rows, start=1):
@@ -298,9 +308,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
         return
     if start != "{":
         raise UserError(f"{path}: expected a JSON array of objects, or one JSON object a line (JSON Lines)")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path.name}:{number}", f"{path}, line {number}", _parse(line, path, number)
+    for number, line in itertools.chain([begin], numbered):
+        yield f"{path.name}:{number}", f"{path}, line {number}", _parse(line, path, number)
 
 
 def _parse(text: str, path: Path, line: int) -> Any:

@@ -92,7 +92,7 @@ def paired_test(
         One row a metric and system, metrics in the order given, the baseline first: `metric`, `higher_is_better`,
         `system`, `baseline`, `score` with its 95 % bootstrap percentiles `low`, `high` and sacreBLEU's `mean` and `ci`
         (half-width), `delta` to the baseline with `delta_low`, `delta_high`, `p_value`, `p_two_sided`, `p_holm`
-        (`p_value` corrected over the systems of one metric) and `signature`. On the baseline's own rows, deltas and p
+        (`p_two_sided` corrected over the systems of one metric) and `signature`. On the baseline's own rows, deltas and p
         are None.
 
     Raises:
@@ -168,7 +168,7 @@ def joint_test(
     Returns:
         One row a metric and system: `metric`, `system`, `baseline`, `score` (mean over corpora) with its 95 %
         percentile interval `low`, `high`, `delta`, `delta_low`, `delta_high`, `p_value`, `p_two_sided`, `p_holm`
-        (`p_value` corrected over the systems of one metric), `higher_is_better` and `corpora`: the list
+        (`p_two_sided` corrected over the systems of one metric), `higher_is_better` and `corpora`: the list
         of `name`, `score`, `delta` and `signature`.
 
     Raises:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.instructions import Record, _rows, load_records
+from convexlm.instructions import Record, iter_records
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    _Item = tuple[Record, Mapping[str, Any]]
 
 SOURCE_FIELDS = ("source", "dataset", "origin", "subset", "domain", "category", "task", "pair", "lang", "language")
 """Names under which data sets say where a record is from, the most telling first."""
@@ -43,7 +46,7 @@ def sample_records(
     seed: int = 0,
     source_field: str | None = None,
 ) -> RecordSample:
-    """Read a data set and draw `max_records` of it without replacement; the same seed draws the same records.
+    """Stream a data set and draw `max_records` of it without replacement; the same seed draws the same records.
 
     Args:
         dataset: as `load_records` takes it.
@@ -58,28 +61,39 @@ def sample_records(
     """
     if max_records is not None and max_records < 1:
         raise UserError(f"--max_records must be at least 1, not {max_records}")
-    records = load_records(dataset, template=template)
-    chosen = range(len(records))
-    if max_records is not None and max_records < len(records):
-        chosen = sorted(random.Random(seed).sample(chosen, max_records))  # type: ignore[assignment]
-    kept = [records[index] for index in chosen]
-    # A record keeps its text and weight only, so what else a row says is read from the file again.
-    wanted = {record.id for record in kept}
-    rows = {row_id: row for row_id, _, row in _rows(dataset, "train") if row_id in wanted}
-    fields = [rows.get(record.id) or {} for record in kept]
+    drawn, total = _draw(iter_records(dataset, template=template), max_records, random.Random(seed))
+    if not drawn:
+        raise UserError(f"{dataset}: there are no records in it")
+    kept, fields = [record for record, _ in drawn], [row for _, row in drawn]
     if source_field is not None:
         if not any(source_field in row for row in fields):
             raise UserError(f"--source_field {source_field}: no record of {dataset} has such a field")
-        return RecordSample(kept, _values(fields, source_field), source_field, len(records))
+        return RecordSample(kept, _values(fields, source_field), source_field, total)
     for name in SOURCE_FIELDS:
         if any(isinstance(row.get(name), str) for row in fields):
             values = _values(fields, name)
             if _are_names(values):
-                return RecordSample(kept, values, name, len(records))
-    return RecordSample(kept, None, None, len(records))
+                return RecordSample(kept, values, name, total)
+    return RecordSample(kept, None, None, total)
 
 
-def _values(rows: list[dict[str, Any]], name: str) -> list[str]:
+def _draw(items: Iterator[_Item], size: int | None, rng: random.Random) -> tuple[list[_Item], int]:
+    """`size` items of a stream, each set of them as likely as any other, in the stream's order; and how many it had.
+
+    A reservoir: what is not drawn is not kept, so memory does not grow with the stream.
+    """
+    kept: list[tuple[int, _Item]] = []
+    number = -1
+    for number, item in enumerate(items):
+        if size is None or len(kept) < size:
+            kept.append((number, item))
+        elif (place := rng.randrange(number + 1)) < size:
+            kept[place] = (number, item)
+    kept.sort(key=lambda pair: pair[0])
+    return [item for _, item in kept], number + 1
+
+
+def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return [UNKNOWN_SOURCE if row.get(name) is None else str(row[name]) for row in rows]
 
 

@@ -88,13 +88,14 @@ def checkpoint_figures(run: RunData) -> list[Figure]:
     found = []
     for (role, search), rows in panels.items():
         lines = []
+        where = "" if role == "test" else f", {role} sets"
         for one in run.runs:
             mine = [row for row in rows if row["arm"] == one.arm and row["seed"] == one.seed]
             mine.sort(key=lambda row: _step(row["checkpoint"]))
             points: list[tuple[float, float | None]] = [(float(_step(r["checkpoint"])), r["score"]) for r in mine]
             ends = [(r["low"], r["high"]) if is_number(r["low"]) and is_number(r["high"]) else None for r in mine]
             lines.append(Line(one.arm, run.style(one.arm), points, ends))
-        svg = curves(f"{metric_title(metric)} over checkpoints, {search} search, {role} sets", lines)
+        svg = curves(f"{metric_title(metric)} over checkpoints, {search} search{where}", lines)
         if svg is not None:
             note = f"{role} sets, mean over the directions; uprights: 95 % over sentences"
             found.append(Figure(f"{metric_title(metric)} by checkpoint, {search}", note, svg))

@@ -82,7 +82,7 @@ def length_table(run: RunData) -> dict[str, Any]:
 
 
 def comet_means(run: RunData) -> dict[tuple[str, str], float]:
-    """The mean imported COMET by (search, arm) at the compared checkpoints; only where all of an arm's outputs have it."""
+    """The mean imported COMET by (search, arm) at the compared checkpoints, of arms whose outputs all have it."""
     found: dict[tuple[str, str], list[float]] = {}
     final = {(one.arm, one.seed): run.checkpoint(one) for one in run.runs}
     for row in run.scores:
