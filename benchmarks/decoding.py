@@ -195,10 +195,18 @@ def _table(table: dict[str, Any]) -> list[str]:
         if "refused" in row:
             lines.append(f"| {row['system']} | refused | | | |")
             continue
-        numbers = (row["sentences_per_second"], row["tokens_per_second"], row["times_the_reference"])
+        numbers = (row["sentences_per_second"], row["tokens_per_second"], _ratios(row, table["systems"][0]))
         same = f"{row['same_hypotheses']} of {table['num_sentences']}"
         lines.append(f"| {row['system']} | " + " | ".join(map(str, numbers)) + f" | {same} |")
     return lines
+
+
+def _ratios(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The ratio of medians, and those within the repeats, in which the systems took turns."""
+    if row is reference or row["times_the_reference"] is None:
+        return str(row["times_the_reference"])
+    ratios = [base / own for base, own in zip(reference["seconds"], row["seconds"], strict=True)]
+    return f"{row['times_the_reference']} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
 def _page(found: dict[str, Any]) -> str:
@@ -206,8 +214,9 @@ def _page(found: dict[str, Any]) -> str:
     lines = [
         "# Decoding speed\n",
         "The reference's loop (file order, 4 at a time, transformers' `generate`) and `convexlm decode`: the same "
-        "checkpoint, sentences and search. Medians of interleaved repeats; starting, loading, converting and tokenizing "
-        "are not counted.\n",
+        "checkpoint, sentences and search. Medians of interleaved repeats, and in brackets the ratio within the least "
+        "and the most favourable repeat; starting, loading, converting and tokenizing are not counted. The reference "
+        "and all systems but `2 processes` have one process; that one has two, so it may use twice the cores.\n",
         f"`{about['command']}`\n",
         f"{about['machine']}, {about['cores']} cores, {about['threads']} thread(s) a process; load average of the "
         f"machine meanwhile {', '.join(map(str, about['load_average']))} (a shared machine: trust ratios, not rates); "

@@ -5,7 +5,7 @@
 Every candidate has a process of its own; they take turns, one repeat each, so that what else the machine does hits
 all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as
 the operating system counts it (on a GPU: allocated memory as CUDA counts it), less what it held before the first
-repeat.
+repeat. Processor time stands beside the clock's: with OMP_NUM_THREADS=1 it is what a busy machine cannot spoil.
 Writes OUTPUT.json (a table that is there already is replaced) and prints the tables. Candidates that need CUDA are
 listed as not measured elsewhere.
 """
@@ -160,14 +160,15 @@ def _measure(table: dict[str, Any]) -> list[dict[str, Any]]:
         row["peak_bytes"], row["peak_bytes_total"] = numbers[-1]["peak_bytes"], numbers[-1]["peak_bytes_total"]
         row["tokens_per_second"] = sum(n["tokens"] for n in numbers) / sum(seconds)
         row["tokens"] = [n["tokens"] for n in numbers]
+        row["all_processor_seconds"] = [n["processor_seconds"] for n in numbers]
         rows.append(row | {"all_seconds": seconds})
     base = next((r for r in rows if r["name"] == table["base"] and "seconds" in r), None)
     for row in rows:
         if base and "seconds" in row:
             # The ratio of each turn, then the median: neighbours in time share what else the machine did.
-            pairs = zip(row["all_seconds"], base["all_seconds"], strict=True)
-            row[f"ratio_to_{table['base']}"] = statistics.median(a / b for a, b in pairs)
-            row[f"processor_ratio_to_{table['base']}"] = row["processor_seconds"] / base["processor_seconds"]
+            for prefix in ("", "processor_"):
+                pairs = zip(row[f"all_{prefix}seconds"], base[f"all_{prefix}seconds"], strict=True)
+                row[f"{prefix}ratio_to_{table['base']}"] = statistics.median(a / b for a, b in pairs)
     return rows
 
 

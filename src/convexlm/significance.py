@@ -92,8 +92,8 @@ def paired_test(
         One row a metric and system, metrics in the order given, the baseline first: `metric`, `higher_is_better`,
         `system`, `baseline`, `score` with its 95 % bootstrap percentiles `low`, `high` and sacreBLEU's `mean` and `ci`
         (half-width), `delta` to the baseline with `delta_low`, `delta_high`, `p_value`, `p_two_sided`, `p_holm`
-        (`p_two_sided` corrected over the systems of one metric) and `signature`. On the baseline's own rows, deltas and p
-        are None.
+        (`p_two_sided` corrected over the systems of one metric) and `signature`. On the baseline's own rows, deltas
+        and p are None.
 
     Raises:
         UserError: fewer than two systems, streams of different length, and all that `Scorer` refuses.

@@ -21,7 +21,7 @@ CONVERTED = ("llama",)
 def choose_backend(
     checkpoint: Path, searches: Sequence[Search], device: str, dtype: str | None, compute_type: str | None
 ) -> tuple[str, str]:
-    """The faster backend that does exactly what is asked for.
+    """The backend that is likely to be the faster one and does exactly what is asked for.
 
     On the CPU that is `ctranslate2` (see `results/decoding.md`), else `hf`. `vllm` is never chosen: it was not
     run on a GPU by us.
@@ -48,13 +48,19 @@ def choose_backend(
     if kind not in CONVERTED:
         return "hf", f"ctranslate2 was tested with {', '.join(CONVERTED)}, and this model is of type {kind}"
     if importlib.util.find_spec("ctranslate2") is None:
-        return "hf", "ctranslate2, which is faster on a CPU, is not installed (pip install 'convexlm[ctranslate2]')"
+        return (
+            "hf",
+            "ctranslate2, which is mostly faster on a CPU, is not installed (pip install 'convexlm[ctranslate2]')",
+        )
     from convexlm.decoding.backends.ctranslate2 import why_not
 
     for search in searches:
         if reason := why_not(search):
-            return "hf", f"ctranslate2, which is faster on a CPU, {reason}"
-    return "ctranslate2", "it is the fastest on a CPU and can do all that is asked for"
+            return "hf", f"ctranslate2, which is mostly faster on a CPU, {reason}"
+    return (
+        "ctranslate2",
+        "on a CPU it is faster than hf in greedy search and about as fast with beams, and it can do all that is asked for",
+    )
 
 
 def _model_type(checkpoint: Path) -> str:
