@@ -42,9 +42,10 @@ def test_the_two_make_commands_are_targets():
     for command in commands:
         done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    assert "convexlm demo" in subprocess.run(
-        ["make", "demo", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    assert (
+        "convexlm demo"
+        in subprocess.run(["make", "demo", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -61,7 +61,7 @@ def evaluate(
         What `comparison.json` holds: `baseline`, `selection`, `checkpoints`, `searches`, `metrics`, `corpora`, `table`
         (one row a search, metric and arm, over all corpora), `gaps` (greedy against beam search, an arm each),
         `paired` (sacreBLEU's test in every direction and seed), and `outputs`, `by_length` and `checkpoints_scores`
-        (see `descriptions`).
+        (see `descriptions`); on tinyworld also `distributions`, what each checkpoint gives to all translations.
     """
     chosen = chosen_checkpoints(recipe, folder, runs, test_sets, validation_sets)
     decoded = _read(recipe, folder, runs, test_sets, chosen)
@@ -88,6 +88,8 @@ def evaluate(
     rows = _score_rows(decoded)
     write_jsonl(folder.scores, [*rows, *imported_rows(folder.scores, rows)])
     comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen)}
+    if whole := _whole_distributions(folder, decoded, chosen):
+        comparison["distributions"] = whole
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
     return comparison
 
@@ -159,6 +161,25 @@ def _truth(entry: Decoded) -> dict[str, list[float]]:
 
     sentences = judge(entry.test_set.sources, entry.hypotheses, entry.test_set.pair)["sentences"]
     return {measure: [float(sentence[key]) for sentence in sentences] for measure, key in MEASURES.items()}
+
+
+def _whole_distributions(
+    folder: RunFolder, decoded: Sequence[Decoded], chosen: dict[str, str]
+) -> list[dict[str, Any]]:
+    """On tinyworld, each compared checkpoint's whole distribution against the true one, kept beside decode files."""
+    from convexlm.tinyworld.model_truth import truth_of_checkpoint
+
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for entry in decoded:
+        key = (entry.run.name, entry.test_set.name, entry.test_set.pair)
+        final = entry.role == "test" and entry.checkpoint == chosen[entry.run.name]
+        if not final or key in rows or entry.test_set.meta.get("kind") != "tinyworld":
+            continue
+        checkpoint = folder.train(entry.run) / entry.checkpoint
+        cache = entry.path.parent / f"{entry.test_set.name}.{entry.test_set.pair}.truth.json"
+        about = {"arm": entry.run.arm, "seed": entry.run.seed, "test_set": key[1], "pair": key[2]}
+        rows[key] = about | truth_of_checkpoint(checkpoint, entry.test_set, cache)
+    return list(rows.values())
 
 
 def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
         # Red for what a reader must know before the figures are believed.
         style = "bold red" if comparison["selection"]["on"] == "test" else "dim"
         console.print(said, style=style, markup=False, soft_wrap=True)
-    for sentence in conclusions(comparison):
+    for sentence in [*conclusions(comparison), *_distributions_said(comparison)]:
         console.print(sentence, soft_wrap=True)
 
 
@@ -84,6 +84,25 @@ def selection_said(comparison: dict[str, Any]) -> str:
             f"not hold. Selected: {chosen}."
         )
     return f"Checkpoints were selected on the validation sets, {by}: {chosen}."
+
+
+def _distributions_said(comparison: dict[str, Any]) -> list[str]:
+    """On tinyworld, one line an arm: what it gives to all translations of a source; means over seeds and pairs."""
+    rows = comparison.get("distributions", [])
+    said = []
+    for arm in comparison["arms"]:
+        mine = [row for row in rows if row["arm"] == arm]
+        if not mine:
+            continue
+        valid, mode, cross, entropy, true = (
+            sum(row[key] for row in mine) / len(mine)
+            for key in ("valid_mass", "mode_mass", "cross_entropy", "model_entropy", "truth_entropy")
+        )
+        said.append(
+            f"{arm} gives {100 * valid:.0f} % of its probability to valid translations, {100 * mode:.0f} % to the "
+            f"most probable; entropy {entropy:.2f} nats (true {true:.2f}), cross-entropy {cross:.2f}"
+        )
+    return said
 
 
 def conclusions(comparison: dict[str, Any]) -> list[str]:

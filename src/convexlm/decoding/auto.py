@@ -59,7 +59,7 @@ def choose_backend(
             return "hf", f"ctranslate2, which is mostly faster on a CPU, {reason}"
     return (
         "ctranslate2",
-        "on a CPU it is faster than hf in greedy search and about as fast with beams, and it can do all that is asked for",
+        "on a CPU it is faster than hf in greedy search, about as fast with beams, and can do all that is asked",
     )
 
 
