@@ -45,7 +45,7 @@ SECTIONS: dict[str, set[str]] = {
     "data": {"dataset", "template", "add_bos", "max_records", "eval_dataset", "num_records"},
     "decode": {
         *("searches", "checkpoints", "batch_size", "backend", "dtype", "device"),
-        *("instruction", "instruction_file"),
+        *("instruction", "instruction_file", "compute_type", "num_processes"),
     },
     "score": {"metrics"},
     "compare": {"baseline", "n_samples", "seed"},
@@ -293,8 +293,9 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
         raise wrong(f"`decode.checkpoints` is `last`, `all` or a list of steps, not {checkpoints!r}")
     if steps_ok and len(set(checkpoints)) < len(checkpoints):
         raise wrong("`decode.checkpoints` names a step twice")
-    if decode.get("batch_size") is not None and not is_whole(decode["batch_size"], 1):
-        raise wrong(f"`decode.batch_size` must be a whole number of at least 1, not {decode['batch_size']!r}")
+    for key in ("batch_size", "num_processes"):
+        if decode.get(key) is not None and not is_whole(decode[key], 1):
+            raise wrong(f"`decode.{key}` must be a whole number of at least 1, not {decode[key]!r}")
     _in_recipe("decode.backend", lambda: get_backend(str(decode.get("backend", "hf"))), wrong)
     if decode.get("instruction") and decode.get("instruction_file"):
         raise wrong("give `decode.instruction` or `decode.instruction_file`, not both")

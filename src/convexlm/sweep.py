@@ -215,6 +215,9 @@ def _decode(
                 device=recipe.decode.get("device"),
                 dtype=recipe.decode.get("dtype"),
                 batch_size=recipe.decode.get("batch_size"),
+                compute_type=recipe.decode.get("compute_type"),
+                num_processes=recipe.decode.get("num_processes") or 1,
+                note=note,
                 progress=progress,
             )
         note(f"{line}: {_decoded(results)}")
