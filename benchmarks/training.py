@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--level", nargs="+", choices=["head", "step"], default=["head", "step"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the heads")
     parser.add_argument("--shapes", nargs="+", help="names of the heads' shapes; all by default")
+    parser.add_argument("--candidates", nargs="+", help="names; all by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps; the first is not counted")
     parser.add_argument("--model", default="58m", help="58m, 110m or 7b")
@@ -58,6 +59,8 @@ def main() -> None:
     about, file = _about(), Path(f"{args.output}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     for table in _tables(args, about["device"]):
+        if args.candidates:
+            table["names"] = [name for name in table["names"] if name in args.candidates]
         before = os.getloadavg()[0]
         rows = _measure(table)
         _show(table, rows)

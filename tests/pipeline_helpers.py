@@ -89,6 +89,8 @@ def start(words: list[Any], cwd: Path, **environment: str) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        # Whoever runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -88,6 +88,8 @@ class Pool:
         todo = _Queue(batches)
         at: dict[int, Batch] = {}
         deaths: dict[tuple[int, int], int] = {}
+        # Answers may have come before their worker died without saying that it was done with the batch.
+        answered: dict[int, set[int]] = {}
         for rank in list(self._workers):
             self._give(rank, todo, at)
         while at:
@@ -95,7 +97,9 @@ class Pool:
             if answer is None:
                 how = self._how(rank)
                 del self._workers[rank]
-                if (lost := at.pop(rank, None)) is None:
+                if (lost := at.pop(rank, None)) is None or answered.get(lost[0], set()).issuperset(lost[1]):
+                    if not self._workers and todo.next() is not None:
+                        raise UserError(f"the last decoding process died{how}; the same command goes on from there")
                     continue
                 key = (lost[0], lost[1][0])
                 deaths[key] = deaths.get(key, 0) + 1
@@ -113,7 +117,12 @@ class Pool:
                 del at[rank]
                 self._give(rank, todo, at)
             else:
-                yield answer["number"], answer["part"], answer["answers"]
+                known = answered.setdefault(answer["number"], set())
+                fresh = [index for index, position in enumerate(answer["part"]) if position not in known]
+                known.update(answer["part"])
+                if fresh:
+                    part, answers = answer["part"], answer["answers"]
+                    yield answer["number"], [part[index] for index in fresh], [answers[index] for index in fresh]
 
     def close(self) -> None:
         """End all workers."""
