@@ -243,7 +243,7 @@ RULES = (
         ),
         "Mean weight {update_ratio:.2g}, effective sample size {ess:.0%}: most records keep a part in the gradient.",
         "Nothing in the weights speaks against trying it. Whether it helps, a comparison with MLE has to show.",
-        "On a made-up corpus a tiny model already trained with MLE gained 2.9 (k = 1) and 3.9 (k = 3) BLEU over "
+        "On a made-up corpus a tiny model already trained with MLE gained 3.5 (k = 1) and 4.4 (k = 3) BLEU over "
         "further MLE "
         "in greedy search, and nothing at beam 5. That is no evidence about your model.",
         MEASURED,
