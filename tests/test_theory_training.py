@@ -32,7 +32,19 @@ def descend(logits, loss_of_log_p):
     return logits.detach().softmax(0).numpy()
 
 
-def train_table(d, lengths, objective, start=None):
+def descend_plainly(logits, loss_of_log_p, rate):
+    """Gradient descent with one fixed rate: no momentum, no line search; the probabilities where it comes to rest."""
+    logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    for _ in range(2000):
+        (gradient,) = torch.autograd.grad(loss_of_log_p(logits.log_softmax(0)), logits)
+        if float(gradient.abs().max()) < 1e-9:
+            return logits.detach().softmax(0).numpy()
+        with torch.no_grad():
+            logits -= rate * gradient
+    raise AssertionError("gradient descent has not come to rest")
+
+
+def train_table(d, lengths, objective, start=None, descend=descend):
     """A softmax over the candidates, trained on the whole distribution with the objective itself; all tokens alike."""
     T = torch.tensor(lengths, dtype=torch.float64)
     mask = torch.arange(int(max(lengths))) < T[:, None]
@@ -67,6 +79,26 @@ def test_a_table_trained_with_the_objective_ends_there(name, options, lengths, w
     start = None if best.concave else 0.5 * best.probabilities + 0.125
     trained = train_table(D, lengths, objective, start)
     assert trained == pytest.approx(best.probabilities, abs=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("name", "options", "lengths", "rate"),
+    [
+        ("mle", {}, [3, 5, 5, 8], 5.0),
+        ("convex", {"k": 1.0}, [5, 5, 5, 5], 10.0),
+        ("convex", {"k": 2.0}, [3, 5, 5, 8], 20.0),
+        ("power", {"k": 0.5}, [3, 5, 5, 8], 10.0),
+    ],
+)
+def test_plain_gradient_descent_ends_there(name, options, lengths, rate, weighting):
+    objective = get_objective(name, length_weighting=weighting, **options)
+
+    def descend(logits, loss):
+        return descend_plainly(logits, loss, rate)
+
+    trained = train_table(D, lengths, objective, descend=descend)
+    assert trained == pytest.approx(optimum(D, lengths, objective).probabilities, abs=1e-7)
 
 
 def test_token_level_training_ends_at_the_token_optimum():

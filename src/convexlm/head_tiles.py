@@ -84,7 +84,8 @@ class Workspace(threading.local):
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             self._buffers.pop((name, dtype), None)
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+                buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
     def clear(self) -> None:
@@ -126,11 +127,15 @@ class Transform:
 
 @dataclass
 class TokenNumbers:
-    """What is kept of each token: (N,) tensors; `entropy` and `correct` only if asked for."""
+    """What is kept of each token: (N,) tensors; all but `log_probs` only if asked for.
+
+    `logit_norms` is the length of `softmax - onehot`, the gradient of -log p with respect to the logits.
+    """
 
     log_probs: Tensor
-    entropy: Tensor | None
-    correct: Tensor | None
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+    logit_norms: Tensor | None = None
 
 
 def project(hidden: Tensor, weight: Tensor, chunk: Tensor) -> None:
@@ -175,8 +180,11 @@ def score_rows(
             # A logit of -inf has probability 0 and no part in the entropy, but 0 * inf is NaN.
             expectation = torch.linalg.vecdot(p, logits.clamp_(min=torch.finfo(dtype).min))
             numbers.entropy[place] = top - top_log_p - expectation
-        if gradient:
+        if gradient or numbers.logit_norms is not None:
             p.scatter_add_(-1, y, p.new_full(y.shape, -1.0))
+        if numbers.logit_norms is not None:
+            numbers.logit_norms[place] = torch.linalg.vector_norm(p, dim=-1)
+        if gradient:
             transform.chain_(p, logits)
             source.copy_(p)
 

@@ -12,6 +12,7 @@ import torch
 
 from convexlm.errors import UserError
 from convexlm.fused_forward import logit_transform
+from convexlm.head_scores import TokenScores, token_scores
 from convexlm.objectives import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS_A_BATCH = {"cpu": 4096, "cuda": 32768}
-LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
 _VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
 
@@ -88,8 +88,8 @@ def measure(
 ) -> Measurement:
     """The log-probabilities of all targets, in batches of rows of about one length and without gradients.
 
-    Only target positions go through the output layer, a few at a time, so the logits of a whole batch are never held.
-    Log-probabilities are taken in float32, whatever the model computes in (float64 for a float64 model).
+    Target positions go through the fused head, so the logits of a whole batch are never held. Log-probabilities are
+    taken in float32, whatever the model computes in (float64 for a float64 model).
 
     Args:
         model: a causal model of transformers, in evaluation mode.
@@ -111,12 +111,16 @@ def measure(
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(rows)
     done = 0
     with torch.inference_mode():
-        project = _check_projection(model, rows, device)
+        try:
+            fused = _check_head(model, rows, device)
+        except (RuntimeError, MemoryError) as error:
+            _halves([0], error)
+            raise
         pending = _batches([len(row["input_ids"]) for row in rows], batch_size, device.type)[::-1]
         while pending:
             batch = pending.pop()
             try:
-                results = _measure_batch(model, [rows[index] for index in batch], project, device)
+                results = _measure_batch(model, [rows[index] for index in batch], fused, device)
             except (RuntimeError, MemoryError) as error:
                 pending += _halves(batch, error)
                 continue
@@ -167,38 +171,24 @@ def _halves(batch: list[int], error: Exception) -> list[list[int]]:
     return [batch[middle:], batch[:middle]]
 
 
-def _check_projection(model: Any, rows: Sequence[dict[str, Any]], device: torch.device) -> bool:
-    """Whether backbone, output layer and the config's factors give this model's own logits, tried on the shortest row.
+def _check_head(model: Any, rows: Sequence[dict[str, Any]], device: torch.device) -> bool:
+    """Whether backbone, output layer and the config's factors give the model's own numbers: tried on the shortest row.
 
     Where they do not, the whole model is called, which takes more memory and is right for any architecture.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or getattr(model, "base_model", model) is model:
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.device.type == "meta" or getattr(model, "base_model", model) is model:
         return False
-    shortest = min(rows, key=lambda row: len(row["input_ids"]))
-    ids = torch.tensor([shortest["input_ids"]], device=device)
-    whole = model(input_ids=ids, use_cache=False).logits[0].float()
-    parts = _logits(model, _states(model, ids, None)[0]).float()
-    scale = whole.abs().max().clamp(min=1.0)
-    tolerance = 1e-2 if next(model.parameters()).element_size() < 4 else 1e-4
+    shortest = [min(rows, key=lambda row: len(row["input_ids"]))]
+    (whole, _), (parts, _) = (_measure_batch(model, shortest, fused, device)[0] for fused in (False, True))
+    tolerance = 2e-2 if next(model.parameters()).element_size() < 4 else 1e-4
     # Where the weights are broken there is nothing to compare, and the log-probabilities will say so.
-    return whole.shape == parts.shape and not bool(((whole - parts).abs().max() / scale > tolerance).item())
-
-
-def _states(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def _logits(model: Any, states: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
-    logits = head(states.to(next(head.parameters()).device))
-    factor, softcap = logit_transform(model.config.get_text_config())
-    logits = logits * factor if factor != 1.0 else logits
-    return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    return not bool((np.abs(whole - parts) / np.maximum(1.0, np.abs(whole)) > tolerance).any())
 
 
 def _measure_batch(
-    model: Any, rows: Sequence[dict[str, Any]], project: bool, device: torch.device
+    model: Any, rows: Sequence[dict[str, Any]], fused: bool, device: torch.device
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     longest = max(len(row["input_ids"]) for row in rows)
     # Padded at the right, a causal model's states at the real tokens do not see the padding; any id will do for it.
@@ -212,26 +202,28 @@ def _measure_batch(
         mask[number, :length] = 1
     labels[:, 0] = IGNORE_INDEX  # nothing comes before the first token, so nothing predicts it
     places, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-    wanted = labels[places, columns].to(device)
-    ids, mask = ids.to(device), mask.to(device)
-    if project:
-        source = _states(model, ids, mask)
-    else:
-        source = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    source = model.base_model(**inputs).last_hidden_state if fused else model(**inputs).logits
     chosen = source[places.to(source.device), (columns - 1).to(source.device)]
-    log_probs, norms = [], []
-    at_once = max(1, LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size or 1))
-    for start in range(0, len(chosen), at_once):
-        part = chosen[start : start + at_once]
-        logits = _logits(model, part) if project else part
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        everything = logits.log_softmax(-1)
-        own = everything.gather(-1, wanted[start : start + at_once, None].to(logits.device)).squeeze(-1)
-        p = own.exp()
-        # |onehot - softmax|^2 = (1 - p)^2 + sum of the others' squares
-        others = (everything.exp_().square_().sum(-1) - p**2).clamp(min=0)
-        log_probs.append(own.float().cpu())
-        norms.append(((1 - p) ** 2 + others).sqrt().float().cpu())
-    flat, flat_norms = torch.cat(log_probs).numpy(), torch.cat(norms).numpy()
+    scores = _by_head(model, chosen, labels[places, columns]) if fused else _of_logits(chosen, labels[places, columns])
     edges = np.cumsum(torch.bincount(places, minlength=len(rows)).numpy())[:-1]
-    return list(zip(np.split(flat, edges), np.split(flat_norms, edges), strict=True))
+    log_probs, norms = (np.split(x.float().cpu().numpy(), edges) for x in (scores.log_probs, scores.logit_norms))
+    return list(zip(log_probs, norms, strict=True))
+
+
+def _by_head(model: Any, states: Tensor, labels: Tensor) -> TokenScores:
+    head = model.get_output_embeddings()
+    factor, softcap = logit_transform(model.config.get_text_config())
+    device = head.weight.device  # of a model split over devices, the backbone may end on another
+    bias = getattr(head, "bias", None)
+    return token_scores(
+        states.to(device), head.weight, labels.to(device), bias=bias, logit_scale=factor, logit_softcap=softcap
+    )
+
+
+def _of_logits(logits: Tensor, labels: Tensor) -> TokenScores:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels.to(logits.device)[:, None]
+    log_probs = logits.log_softmax(-1)
+    gradient = log_probs.exp().scatter_add(-1, labels, -torch.ones_like(labels, dtype=logits.dtype))
+    return TokenScores(log_probs.gather(-1, labels).squeeze(-1), torch.linalg.vector_norm(gradient, dim=-1))
