@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convexlm import cli
-from convexlm.files import read_jsonl
+from convexlm.files import file_sha256, read_jsonl, text_sha256
 from test_evaluation import Run
 
 if TYPE_CHECKING:
@@ -69,8 +69,11 @@ def test_there_and_back(made: Run, tmp_path: Path, capsys: pytest.CaptureFixture
     good = next(row for row in added if row["arm"] == "good")
     assert good["score"] == pytest.approx(0.8 + 0.001 * 23 / 2)
     assert "model:Unbabel/wmt22-comet-da" in good["signature"]
+    references = text_sha256(as_comet_reads(tmp_path / "good.ref"))
+    assert good["references_sha256"] == [references] and good["json_sha256"] == file_sha256(scored)
     page = made.folder.report.read_text()
     assert "0.8115" in page and "COMET" in page
+    assert "+0.1000 [+0.1000, +0.1000], p " in page  # every segment differs by as much
     # Twice gives no row twice; another evaluation of the same outputs keeps them, of other outputs does not.
     before = made.folder.scores.read_bytes()
     assert cli.main(words) == 0 and made.folder.scores.read_bytes() == before

@@ -194,6 +194,12 @@ def test_paired_is_sacrebleus_own_test_in_every_direction_and_seed(run: Run) -> 
     ]
     assert mine["score"] == pytest.approx(expected.score)
     assert mine["p_value"] == pytest.approx(expected.p_value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SACREBLEU_SEED", "12345")
+        metric = BLEU(trg_lang="de", references=references)
+        theirs = PairedTest(systems, {"BLEU": metric}, None, test_type="ar", n_samples=200)()
+    assert mine["p_ar"] == pytest.approx(theirs[1]["BLEU"][1].p_value)
+    assert all(row["p_ar"] is None for row in comparison["paired"] if row["system"] == "mle")
 
 
 def good_row(row: dict[str, Any]) -> bool:

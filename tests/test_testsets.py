@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from convexlm.errors import UserError
-from convexlm.testsets import TestSet, first_lines, known_kinds, load_test_set, register_test_set_kind
+from convexlm.testsets import TestSet, known_kinds, load_test_set, part_of, register_test_set_kind
 
 NEWSTEST = {"name": "wmt22", "sources": "{pair}/src.{src}", "references": ["{pair}/ref.{tgt}"]}
 
@@ -45,7 +45,21 @@ def test_limit_takes_the_first_lines(folder):
     assert loaded.references == [["eins", "zwei"]]
     assert loaded.ids == ["0", "1"]
     assert len(load_test_set({**NEWSTEST, "limit": 99}, "en-de", folder).sources) == 4
-    assert first_lines(loaded, 1).references == [["eins"]]
+    assert part_of(loaded, limit=1).references == [["eins"]]
+
+
+def test_one_file_may_be_parted_into_validation_and_test(folder):
+    held_out = load_test_set({**NEWSTEST, "limit": 1}, "en-de", folder)
+    rest = load_test_set({**NEWSTEST, "skip": 1}, "en-de", folder)
+    middle = load_test_set({**NEWSTEST, "skip": 1, "limit": 2}, "en-de", folder)
+    whole = load_test_set(NEWSTEST, "en-de", folder)
+    assert held_out.sources + rest.sources == whole.sources
+    assert held_out.references[0] + rest.references[0] == whole.references[0]
+    assert held_out.ids + rest.ids == whole.ids
+    assert (middle.sources, middle.ids) == (whole.sources[1:3], ["1", "2"])
+    for skip, message in ((4, "leaves none of its 4 lines"), (-1, "`skip` must be"), (True, "`skip` must be")):
+        with pytest.raises(UserError, match=message):
+            load_test_set({**NEWSTEST, "skip": skip}, "en-de", folder)
 
 
 @pytest.mark.parametrize("limit", [0, -1, "2", 1.5, True])

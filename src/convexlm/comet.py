@@ -110,15 +110,29 @@ def import_comet(folder: RunFolder, paths: Sequence[str | Path], model: str | No
                     f"{path}: its {len(segments)} sources and outputs are those of no decode file that {folder.path} "
                     "scored; export them with `convexlm score --export_comet`"
                 )
-            score = sum(float(row["COMET"]) for row in segments) / len(segments)
+            values = [float(row["COMET"]) for row in segments]
             signature = f"comet|model:{model or 'not stated'}|segments:{len(segments)}|json:{digest[:16]}"
+            about_file = {"num_sentences": len(segments), "json_sha256": digest, "imported": True}
             for about in known[key]:
-                added.append(about | {"metric": METRIC, "score": score, "signature": signature})
-                added[-1] |= {"num_sentences": len(segments), "imported": True}
+                score = {"metric": METRIC, "score": sum(values) / len(values), "signature": signature}
+                added.append(about | score | about_file | _references(segments))
+                write_atomic(segments_file(folder, about["hypotheses_sha256"]), json.dumps(values) + "\n")
     fresh = {_place(row) for row in added}
     kept = [row for row in rows if row.get("metric") != METRIC or _place(row) not in fresh]
     write_jsonl(folder.scores, [*kept, *added])
     return added
+
+
+def segments_file(folder: RunFolder, hypotheses_sha256: str) -> Path:
+    """Where a run keeps the imported scores of one decode file's segments: a JSON list of numbers, in its order."""
+    return folder.path / "comet" / f"{hypotheses_sha256}.json"
+
+
+def _references(segments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The hash of the references that comet-score saw; None for a model that takes none."""
+    texts = [row.get("ref") for row in segments]
+    whole = all(isinstance(text, str) for text in texts)
+    return {"references_sha256": [text_sha256([str(text) for text in texts])] if whole else None}
 
 
 def imported_rows(path: Path, scored: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the compared outputs are like, beside their scores: lengths, loops, cuts, seconds, and where a score is made.
+"""What the compared outputs are like, beside their scores: lengths, loops, cuts, seconds, and every checkpoint.
 
 Nothing here is a test; these are the columns that say why two scores differ.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convexlm.scoring import score_from_statistics, sentence_statistics
+from convexlm.scoring import sentence_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from convexlm.evaluation import Decoded
 
 REPEATED = 4  # tokens of a run that is repeated at once
-BUCKETS = 4
 UNSPACED = ("ja", "th", "zh")  # languages whose texts have no blanks between words
 
 
@@ -80,55 +79,6 @@ def _length_ratio(entries: Sequence[Decoded]) -> float | None:
         lengths.append((details.sys_len, details.ref_len))
     theirs = sum(reference for _, reference in lengths)
     return sum(ours for ours, _ in lengths) / theirs if theirs else None
-
-
-def scores_by_length(
-    final: Sequence[Decoded], arms: Sequence[str], searches: Sequence[str], metrics: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Scores of the shorter and longer sources: those of every test set parted at the quartiles of their length.
-
-    Equal lengths stay together, so that parts may differ in size, or be missing.
-
-    Returns:
-        One row a search, arm and part: `metric` (chrF where it is among the metrics, since BLEU says little of few
-        sentences; else the first), `bucket` (0, the shortest, to 3), `score` (mean over test sets and seeds),
-        `num_sentences` (of one seed), `shortest`, `longest` (source tokens, see `tokens_of`).
-    """
-    import numpy as np
-
-    metric = "chrf" if "chrf" in metrics else metrics[0]
-    parts: dict[tuple[str, str, int], list[tuple[float, int, int, int, int]]] = {}
-    for entry in final:
-        source_lang = entry.test_set.pair.split("-")[0]
-        lengths = np.asarray([len(tokens_of(source, source_lang)) for source in entry.test_set.sources])
-        edges = np.quantile(lengths, [part / BUCKETS for part in range(1, BUCKETS)])
-        buckets = np.searchsorted(edges, lengths, side="left")
-        built = entry.scorer.metrics[metric]
-        statistics = sentence_statistics(built, entry.hypotheses)
-        for bucket in sorted(set(buckets.tolist())):
-            inside = buckets == bucket
-            score = score_from_statistics(built, statistics[inside].sum(0))
-            span = (int(inside.sum()), int(lengths[inside].min()), int(lengths[inside].max()))
-            parts.setdefault((entry.search, entry.run.arm, bucket), []).append((score, entry.run.seed, *span))
-    rows = []
-    for search in searches:
-        for arm in arms:
-            for bucket in range(BUCKETS):
-                if found := parts.get((search, arm, bucket)):
-                    first = found[0][1]
-                    rows.append(
-                        {
-                            "search": search,
-                            "arm": arm,
-                            "metric": metric,
-                            "bucket": bucket,
-                            "score": sum(part[0] for part in found) / len(found),
-                            "num_sentences": sum(part[2] for part in found if part[1] == first),
-                            "shortest": min(part[3] for part in found),
-                            "longest": max(part[4] for part in found),
-                        }
-                    )
-    return rows
 
 
 def checkpoint_scores(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.comet import imported_rows
 from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
+from convexlm.randomization import randomization_p
+from convexlm.reference_nll import reference_nll
 from convexlm.scoring import Scorer, read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
 from convexlm.sweep import candidate_checkpoints, chosen_checkpoints
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import numpy as np
+
     from convexlm.recipe import Recipe
+    from convexlm.reference_nll import ReferenceNll
     from convexlm.runs import RunFolder, TrainedRun
     from convexlm.testsets import TestSet
 
 SCHEMA = 1
+CONTENT = 2  # raised when a comparison has more to it, so that older ones are made anew
 MEASURES = {"mode_share": "is_mode", "valid_share": "is_valid"}  # of tinyworld, where the truth is known
 
 
@@ -60,8 +66,9 @@ def evaluate(
     Returns:
         What `comparison.json` holds: `baseline`, `selection`, `checkpoints`, `searches`, `metrics`, `corpora`, `table`
         (one row a search, metric and arm, over all corpora), `gaps` (greedy against beam search, an arm each),
-        `paired` (sacreBLEU's test in every direction and seed), and `outputs`, `by_length` and `checkpoints_scores`
-        (see `descriptions`); on tinyworld also `distributions`, what each checkpoint gives to all translations.
+        `paired` (sacreBLEU's tests in every direction and seed), `outputs` and `checkpoints_scores` (see
+        `descriptions`), `by_length` and `by_reference_nll` (see `parts`) with `reference_nll`, the model behind it;
+        on tinyworld also `distributions`, what each checkpoint gives to all translations.
     """
     chosen = chosen_checkpoints(recipe, folder, runs, test_sets, validation_sets)
     decoded = _read(recipe, folder, runs, test_sets, chosen)
@@ -70,6 +77,7 @@ def evaluate(
     inputs = json_sha256(
         [
             SCHEMA,
+            CONTENT,
             recipe.compare,
             recipe.metrics,
             recipe.selection,
@@ -87,7 +95,8 @@ def evaluate(
             return known
     rows = _score_rows(decoded)
     write_jsonl(folder.scores, [*rows, *imported_rows(folder.scores, rows)])
-    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen)}
+    nll = reference_nll(recipe, folder, test_sets)
+    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen, nll)}
     if whole := _whole_distributions(folder, decoded, chosen):
         comparison["distributions"] = whole
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
@@ -182,8 +191,9 @@ def _whole_distributions(
     return list(rows.values())
 
 
-def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str]) -> dict[str, Any]:
-    from convexlm.descriptions import checkpoint_scores, describe_outputs, scores_by_length
+def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str], nll: ReferenceNll) -> dict[str, Any]:
+    from convexlm.descriptions import checkpoint_scores, describe_outputs
+    from convexlm.parts import scores_by_length
 
     final = [entry for entry in decoded if entry.role == "test" and entry.checkpoint == chosen[entry.run.name]]
     searches = list(dict.fromkeys(entry.search for entry in final))
@@ -215,8 +225,24 @@ def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str])
         "paired": paired,
         "outputs": describe_outputs(final, arms, searches),
         "by_length": scores_by_length(final, arms, searches, recipe.metrics),
+        "by_reference_nll": _by_reference_nll(final, arms, searches, recipe.metrics, nll),
+        "reference_nll": {"base": nll.base, "reason": nll.reason},
         "checkpoints_scores": checkpoint_scores(decoded, recipe.metrics, settings),
     }
+
+
+def _by_reference_nll(
+    final: Sequence[Decoded], arms: list[str], searches: list[str], metrics: Sequence[str], nll: ReferenceNll
+) -> list[dict[str, Any]]:
+    from convexlm.parts import scores_in_parts
+
+    def values(entry: Decoded) -> np.ndarray:
+        import numpy as np
+
+        found = nll.values[entry.test_set.name, entry.test_set.pair, entry.run.seed]
+        return np.asarray([np.nan if value is None else value for value in found])
+
+    return scores_in_parts(final, arms, searches, metrics, values) if nll.values else []
 
 
 def _by_corpus(entries: Sequence[Decoded]) -> list[dict[str, Decoded]]:
@@ -308,14 +334,15 @@ def _measures_of(
 def _paired(
     search: str, entries: dict[str, Decoded], arms: list[str], metrics: Sequence[str], settings: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """The paired bootstrap of sacreBLEU, on one corpus."""
+    """The paired bootstrap of sacreBLEU on one corpus, and beside it the p of its approximate randomization."""
     entry = next(iter(entries.values()))
     systems = {arm: entries[arm].hypotheses for arm in arms}
     references, lang = entry.test_set.references, entry.target_lang
     n_samples, seed = settings["n_samples"], settings["seed"]
     rows = paired_test(systems, references, lang, metrics, n_samples=n_samples, seed=seed, scorer=entry.scorer)
+    randomized = randomization_p(systems, entry.scorer, metrics, n_trials=n_samples, seed=seed)
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
-    return [about | row for row in rows]
+    return [about | row | {"p_ar": randomized.get((row["metric"], row["system"]))} for row in rows]
 
 
 def _gaps(

@@ -15,7 +15,7 @@
                                                # said in red); {on: validation, metric: bleu, search: greedy}
     decode: {searches: [{num_beams: 4}], checkpoints: all, batch_size: 8, instruction: ...}
     score: {metrics: [bleu, chrf]}
-    compare: {baseline: mle, n_samples: 1000, seed: 12345}
+    compare: {baseline: mle, n_samples: 1000, seed: 12345, reference_nll: true}
 
 `extends: OTHER.yaml` starts from another recipe (a path beside this one) and changes what is written here.
 """
@@ -48,7 +48,7 @@ SECTIONS: dict[str, set[str]] = {
         *("instruction", "instruction_file", "compute_type", "num_processes"),
     },
     "score": {"metrics"},
-    "compare": {"baseline", "n_samples", "seed"},
+    "compare": {"baseline", "n_samples", "seed", "reference_nll"},
 }
 SETS = ("test_sets", "validation_sets")
 TOP_LEVEL = {
@@ -171,6 +171,8 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     for key, default, least in (("n_samples", 1000, 1), ("seed", 12345, 0)):
         if not is_whole(value := raw["compare"].setdefault(key, default), least):
             raise wrong(f"`compare.{key}` must be a whole number of at least {least}, not {value!r}")
+    if not isinstance(wanted := raw["compare"].get("reference_nll", True), bool):
+        raise wrong(f"`compare.reference_nll` must be true or false, not {wanted!r}")
     return recipe
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import json_sha256
+from convexlm.randomization import sacrebleu_test
 from convexlm.resampling import draw, holm, percentile_interval, sacrebleu_p, two_sided_p
 from convexlm.scoring import (
     DEFAULT_METRICS,
@@ -26,7 +27,6 @@ from convexlm.scoring import (
     Scorer,
     check_lengths,
     get_metric,
-    sacrebleu_seed,
     score_from_statistics,
     sentence_statistics,
 )
@@ -98,8 +98,6 @@ def paired_test(
     Raises:
         UserError: fewer than two systems, streams of different length, and all that `Scorer` refuses.
     """
-    from sacrebleu.significance import PairedTest
-
     if method not in DEFAULT_SAMPLES:
         raise UserError(f"unknown test `{method}`; known: bs (paired bootstrap), ar (approximate randomization)")
     _check_systems(list(systems))
@@ -110,21 +108,7 @@ def paired_test(
     baseline = next(iter(systems))
     # How many resamples the intervals rest on; an `ar` test has none of its own.
     resamples = n_samples if method == "bs" else DEFAULT_SAMPLES["bs"]
-    with sacrebleu_seed(seed):
-        test = PairedTest(
-            list(corpus.systems.items()),
-            {name: scorer.metrics[name] for name in metrics},
-            None,
-            test_type=method,
-            n_samples=n_samples,
-            n_ar_confidence=resamples if method == "ar" else -1,
-        )
-        if seed == 0:
-            # PairedTest takes a seed of 0 for none; this object draws the same numbers and is not falsy.
-            from numpy.random import SeedSequence
-
-            test._seed = SeedSequence(0)
-        signatures, results = test()
+    signatures, results = sacrebleu_test(systems, scorer, metrics, method, n_samples, seed, resamples)
     rows = []
     # sacreBLEU's result has the metrics in our order, under names of its own.
     for name, title in zip(metrics, [key for key in results if key != "System"], strict=True):
@@ -176,14 +160,7 @@ def joint_test(
     """
     names, baseline = _common_systems([corpus.systems for corpus in corpora], baseline)
     _check_samples(n_samples)
-    scorers = [corpus.scorer or Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
-    for corpus, scorer in zip(corpora, scorers, strict=True):
-        streams = {f"{corpus.name}, {name}": corpus.systems[name] for name in names}
-        check_lengths({f"{corpus.name}, reference 1": scorer.references[0], **streams})
-    labels = [
-        json_sha256(scorer.references_sha256) if corpus.group is None else corpus.group
-        for corpus, scorer in zip(corpora, scorers, strict=True)
-    ]
+    scorers, labels = _scorers_and_groups(corpora, metrics)
     rows = []
     for name in metrics:
         built = [scorer.metrics[name] for scorer in scorers]
@@ -233,15 +210,8 @@ def score_intervals(
     if not corpora:
         raise UserError("there is no corpus to score")
     _check_samples(n_samples)
-    scorers = [corpus.scorer or Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
     names = list(corpora[0].systems)
-    for corpus, scorer in zip(corpora, scorers, strict=True):
-        streams = {f"{corpus.name}, {name}": corpus.systems[name] for name in names}
-        check_lengths({f"{corpus.name}, reference 1": scorer.references[0], **streams})
-    labels = [
-        json_sha256(scorer.references_sha256) if corpus.group is None else corpus.group
-        for corpus, scorer in zip(corpora, scorers, strict=True)
-    ]
+    scorers, labels = _scorers_and_groups(corpora, metrics)
     rows = []
     for name in metrics:
         built = [scorer.metrics[name] for scorer in scorers]
@@ -306,6 +276,17 @@ def mean_difference_test(
     return _add_holm(
         [_row(baseline, name, observed[name], sampled[name], observed[baseline], sampled[baseline]) for name in names]
     )
+
+
+def _scorers_and_groups(corpora: Sequence[Corpus], metrics: Sequence[str]) -> tuple[list[Scorer], list[str]]:
+    """A scorer for every corpus and what it is resampled with, after seeing that its streams fit together."""
+    scorers = [corpus.scorer or Scorer(corpus.references, corpus.target_lang, metrics) for corpus in corpora]
+    labels = []
+    for corpus, scorer in zip(corpora, scorers, strict=True):
+        streams = {f"{corpus.name}, {name}": lines for name, lines in corpus.systems.items()}
+        check_lengths({f"{corpus.name}, reference 1": scorer.references[0], **streams})
+        labels.append(json_sha256(scorer.references_sha256) if corpus.group is None else corpus.group)
+    return scorers, labels
 
 
 def _statistics(

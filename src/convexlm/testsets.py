@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Kinds whose module registers them; imported when a recipe asks for one.
 _LAZY_KINDS = {"summarization": "convexlm.testsets_summarization", "tinyworld": "convexlm.tinyworld.testset"}
-_COMMON_KEYS = ("name", "kind", "limit", "pairs")
+_COMMON_KEYS = ("name", "kind", "skip", "limit", "pairs")
 
 _KINDS: dict[str, tuple[Loader, tuple[str, ...] | None]] = {}
 
@@ -62,7 +62,7 @@ def register_test_set_kind(name: str, *, keys: Sequence[str] | None = None) -> C
 
     Args:
         name: what recipes write after `kind:`.
-        keys: the entries that this kind knows beside `name`, `kind`, `limit` and `pairs`; others are refused.
+        keys: the entries that this kind knows beside `name`, `kind`, `skip`, `limit` and `pairs`; others are refused.
             None means that the function checks them itself.
     """
 
@@ -84,8 +84,9 @@ def load_test_set(spec: Mapping[str, Any], pair: str, base_dir: str | Path = "."
     """Read the test set that a recipe's entry describes.
 
     Args:
-        spec: `name`, `kind` (`files` where it has `sources`), optionally `limit` (the first N lines) and `pairs`
-            (the directions it has), and what the kind needs: for `files`, `sources` and optionally `references`, path
+        spec: `name`, `kind` (`files` where it has `sources`), optionally `skip` (leave out the first N lines: of one
+            file, validate on the first part and test on the rest), `limit` (at most N lines) and `pairs` (the
+            directions it has), and what the kind needs: for `files`, `sources` and optionally `references`, path
             patterns with `{pair}`, `{src}`, `{tgt}`; for `sacrebleu`, optionally `references: [A]`, the translators;
             for `summarization`, `file`.
         pair: the direction, such as `en-de`.
@@ -101,24 +102,28 @@ def load_test_set(spec: Mapping[str, Any], pair: str, base_dir: str | Path = "."
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", name) or ".." in name:
         raise UserError(f"test set: `name` must be letters, digits, `_`, `-` or `.`, not {name!r}")
     split_pair(pair)
-    limit = spec.get("limit")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise UserError(f"test set `{name}`: `limit` must be a whole number of at least 1, not {limit!r}")
+    skip, limit = spec.get("skip"), spec.get("limit")
+    for key, value, least in (("skip", skip, 0), ("limit", limit, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UserError(f"test set `{name}`: `{key}` must be a whole number of at least {least}, not {value!r}")
     if (pairs := spec.get("pairs")) is not None and pair not in pairs:
         raise UserError(f"test set `{name}` has no pair `{pair}`; it has: {', '.join(map(str, pairs))}")
     test_set = _find_loader(spec, name)(spec, pair, Path(base_dir))
     if not test_set.sources:
         raise UserError(f"test set `{name}`, {pair}: there is no sentence in it")
-    return test_set if limit is None else first_lines(test_set, limit)
+    if skip and skip >= len(test_set.sources):
+        raise UserError(f"test set `{name}`, {pair}: `skip: {skip}` leaves none of its {len(test_set.sources)} lines")
+    return part_of(test_set, skip or 0, limit)
 
 
-def first_lines(test_set: TestSet, limit: int) -> TestSet:
-    """The first `limit` segments of a test set (all of them, if it has fewer); `meta` is kept."""
+def part_of(test_set: TestSet, skip: int = 0, limit: int | None = None) -> TestSet:
+    """The segments of a test set after the first `skip`, at most `limit` of them; ids and `meta` are kept."""
+    part = slice(skip, None if limit is None else skip + limit)
     return dataclasses.replace(
         test_set,
-        sources=test_set.sources[:limit],
-        references=[stream[:limit] for stream in test_set.references],
-        ids=test_set.ids[:limit],
+        sources=test_set.sources[part],
+        references=[stream[part] for stream in test_set.references],
+        ids=test_set.ids[part],
     )
 
 

@@ -140,8 +140,10 @@ def _read_comparison(folder: RunFolder) -> dict[str, Any]:
             raise UserError(f"{folder.comparison}: has no `{key}`; delete it and run the recipe again")
     if not comparison["arms"] or not comparison["metrics"] or not comparison["table"]:
         raise UserError(f"{folder.comparison}: compares nothing; delete it and run the recipe again")
-    lists: dict[str, Any] = {key: [] for key in ("gaps", "paired", "outputs", "by_length", "checkpoints_scores")}
-    return lists | {"resampling": {}, "selection": {"on": "last"}} | comparison
+    later = ("gaps", "paired", "outputs", "by_length", "by_reference_nll", "checkpoints_scores")
+    absent: dict[str, Any] = {key: [] for key in later}
+    absent |= {"resampling": {}, "selection": {"on": "last"}, "reference_nll": {"base": None, "reason": None}}
+    return absent | comparison
 
 
 def _runs(comparison: dict[str, Any]) -> list[TrainedRun]:

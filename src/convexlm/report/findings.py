@@ -6,10 +6,12 @@ Holm-corrected p are below 0.05.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+from convexlm.comet import segments_file
 from convexlm.report.text import delta_text, interval_text, is_number, is_share, metric_title, p_text, score_text
-from convexlm.significance import is_sure
+from convexlm.significance import is_sure, mean_difference_test
 
 if TYPE_CHECKING:
     from convexlm.report.data import RunData
@@ -63,34 +65,47 @@ def main_table(run: RunData) -> list[dict[str, Any]]:
     return groups
 
 
-def length_table(run: RunData) -> dict[str, Any]:
-    """Scores by quarters of the sources' length: `metric`, `heads` (a text a quarter), `groups` (search, rows)."""
-    found = run.comparison["by_length"]
-    if not found:
-        return {"metric": None, "heads": [], "groups": []}
-    buckets = sorted({row["bucket"] for row in found})
-    heads = []
-    for bucket in buckets:
-        row = next(row for row in found if row["bucket"] == bucket)
-        heads.append((f"{row['shortest']} to {row['longest']}", row["num_sentences"]))
-    cells = {(row["search"], row["arm"], row["bucket"]): row["score"] for row in found}
-    groups = [
-        (search, [(arm, run.style(arm), [cells.get((search, arm, bucket)) for bucket in buckets]) for arm in run.arms])
-        for search in run.comparison["searches"]
-    ]
-    return {"metric": found[0]["metric"], "heads": heads, "groups": groups}
+def comet_rows(run: RunData) -> dict[tuple[str, str], dict[str, Any]]:
+    """Imported COMET by (search, arm) at the compared checkpoints, of arms whose outputs all have it.
 
-
-def comet_means(run: RunData) -> dict[tuple[str, str], float]:
-    """The mean imported COMET by (search, arm) at the compared checkpoints, of arms whose outputs all have it."""
-    found: dict[tuple[str, str], list[float]] = {}
+    Returns:
+        `score` (the mean over test sets and seeds); where the baseline has it too also `delta`, `delta_low`,
+        `delta_high`, `p_two_sided` and `p_holm` of `mean_difference_test` over segments.
+    """
     final = {(one.arm, one.seed): run.checkpoint(one) for one in run.runs}
+    found: dict[str, dict[str, dict[tuple[str, str, int], dict[str, Any]]]] = {}
     for row in run.scores:
         place = final.get((str(row.get("arm")), row.get("seed", 0)))
         if row.get("metric") == "comet" and row.get("role") == "test" and row.get("checkpoint") == place:
-            found.setdefault((row["search"], row["arm"]), []).append(row["score"])
+            corpus = (str(row["test_set"]), str(row["pair"]), int(row.get("seed") or 0))
+            found.setdefault(row["search"], {}).setdefault(row["arm"], {})[corpus] = row
     whole = len(run.comparison["corpora"]) * len(run.comparison["seeds"])
-    return {key: sum(values) / whole for key, values in found.items() if len(values) == whole}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for search, arms in found.items():
+        complete = {arm: corpora for arm, corpora in arms.items() if len(corpora) == whole}
+        for arm, corpora in complete.items():
+            rows[search, arm] = {"score": sum(row["score"] for row in corpora.values()) / whole}
+        for row in _comet_test(run, complete):
+            rows[search, row["system"]] = row
+    return rows
+
+
+def _comet_test(run: RunData, arms: dict[str, dict[tuple[str, str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    baseline = run.comparison["baseline"]
+    if baseline not in arms or len(arms) < 2:
+        return []
+    corpora = list(arms[baseline])
+    values: list[dict[str, list[float]]] = []
+    for corpus in corpora:
+        files = {
+            arm: segments_file(run.folder, str(rows[corpus].get("hypotheses_sha256"))) for arm, rows in arms.items()
+        }
+        if not all(path.is_file() for path in files.values()):
+            return []  # imported by an older version, which kept the means only
+        values.append({arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in files.items()})
+    settings = {key: run.comparison["resampling"][key] for key in ("n_samples", "seed")}
+    groups = [f"{test_set} {pair}" for test_set, pair, _ in corpora]
+    return mean_difference_test(values, baseline, groups=groups, **settings)
 
 
 def table_metrics(run: RunData) -> list[str]:

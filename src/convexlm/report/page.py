@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from convexlm.report import register_format
 from convexlm.report.figures import checkpoint_figures, cost_figures, direction_figures, strips, training_figures
-from convexlm.report.findings import comet_means, headline, length_table, main_table, table_metrics
+from convexlm.report.findings import comet_rows, headline, main_table, table_metrics
+from convexlm.report.parts import part_tables
 from convexlm.report.sentences import read_sentences
 from convexlm.report.settings import read_settings
 from convexlm.report.text import (
@@ -56,8 +57,8 @@ def render_page(run: RunData) -> str:
             metrics=table_metrics(run),
             table=main_table(run),
             strips=strips(run),
-            comet=comet_means(run),
-            lengths=length_table(run),
+            comet=comet_rows(run),
+            parts=part_tables(run),
             selection_said=selection_said(run.comparison),
             training=training_figures(run),
             checkpoints=checkpoint_figures(run),

@@ -108,6 +108,8 @@ def render_json(run: RunData) -> str:
         "selection",
         "outputs",
         "by_length",
+        "by_reference_nll",
+        "reference_nll",
         "checkpoints_scores",
     )
     report = {
@@ -170,7 +172,8 @@ def _row(run: RunData, row: dict[str, Any], metrics: list[str], *, compared: boo
 
 
 def _direction_rows(run: RunData) -> tuple[list[str], list[list[str]]]:
-    head = ["test set", "direction", "search", "objective", "seed", "metric", "score", "delta", "95 % interval", "p"]
+    head = ["test set", "direction", "search", "objective", "seed", "metric", "score", "delta", "95 % interval"]
+    head += ["p", "p (randomization)"]
     rows = []
     for row in run.comparison["paired"]:
         metric = row["metric"]
@@ -178,7 +181,8 @@ def _direction_rows(run: RunData) -> tuple[list[str], list[list[str]]]:
             continue
         line = [row["test_set"], row["pair"], row["search"], row["system"], row["seed"], metric_title(metric)]
         line += [score_text(row.get("score"), metric), _delta(row, metric), interval_text(row, metric)]
-        rows.append([str(value) for value in [*line, _p(row.get("p_two_sided", row.get("p_value")))]])
+        line += [_p(row.get("p_two_sided", row.get("p_value"))), _p(row.get("p_ar"))]
+        rows.append([str(value) for value in line])
     return head, rows
 
 
