@@ -7,6 +7,7 @@ A token's coefficient never multiplies that matrix: it scales the rows of the tw
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 import time
@@ -144,6 +145,25 @@ def project(hidden: Tensor, weight: Tensor, chunk: Tensor) -> None:
 
 
 def score_rows(
+    chunk: Tensor, labels: Tensor, transform: Transform, numbers: TokenNumbers, start: int, *, gradient: bool
+) -> None:
+    """`score_rows_torch`, or the same by one Triton kernel on a GPU where that is faster."""
+    if chunk.device.type == "cuda" and numbers.log_probs.dtype == torch.float32 and triton_is_installed():
+        from convexlm.head_triton import kernel_pays, score_rows_triton
+
+        if kernel_pays(chunk.device, chunk.dtype, chunk.shape[1]):
+            score_rows_triton(chunk, labels, transform, numbers, start, gradient=gradient)
+            return
+    score_rows_torch(chunk, labels, transform, numbers, start, gradient=gradient)
+
+
+@lru_cache(maxsize=1)
+def triton_is_installed() -> bool:
+    """Whether there is a Triton package; torch's wheels for CUDA bring it along."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def score_rows_torch(
     chunk: Tensor, labels: Tensor, transform: Transform, numbers: TokenNumbers, start: int, *, gradient: bool
 ) -> None:
     """Log-probabilities (and what else is kept) of a chunk's tokens, and `softmax - onehot` in the logits' place.
