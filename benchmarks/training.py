@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--model", default="58m", help="58m, 110m or 7b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rows", type=int, default=3, help="packed rows of 512 tokens a step")
+    parser.add_argument("--lora", action="store_true", help="whole steps of LoRA, all linear layers, instead of full")
+    parser.add_argument("--layouts", nargs="+", choices=["padded", "packed"], default=["padded", "packed"])
     parser.add_argument("--float32", action="store_true", help="whole steps in float32 instead of bf16 autocast")
     parser.add_argument(
         "--data", default=os.environ.get("CONVEXLM_SHARED_DATA"), help="folder with alpaca, tokenizers"
@@ -61,6 +63,7 @@ def main() -> None:
     for table in _tables(args, about["device"]):
         if args.candidates:
             table["names"] = [name for name in table["names"] if name in args.candidates]
+            table["base"] = table["base"] if table["base"] in table["names"] else table["names"][0]
         before = os.getloadavg()[0]
         rows = _measure(table)
         _show(table, rows)
@@ -87,9 +90,13 @@ def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             title = f"head, {tokens} tokens x {name}, {dtype}"
             tables.append(_table("head", title, {**settings, "device": device}, NAMES, args.repeats, "products"))
     for layout, names in LAYOUTS.items() if "step" in args.level else ():
+        if layout not in args.layouts:
+            continue
         settings = {"layout": layout, "model": args.model, "batch": args.batch, "rows": args.rows}
         settings |= {"steps": args.steps, "bf16": not args.float32, "device": device, "data": str(args.data)}
+        settings["lora"] = args.lora
         size = f"batches of {args.batch}" if layout == "padded" else f"{args.rows} packed rows"
+        size += ", LoRA" if args.lora else ""
         title = f"whole step, {args.model} model, {size}, {'float32' if args.float32 else 'bf16 autocast'}"
         tables.append(_table("step", title, settings, names, args.steps - 1, "convexlm-mle"))
     return tables

@@ -110,13 +110,16 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
         "packing": packed,
     }
     tokenizer = load_tokenizer(Path(settings["data"]) / "tokenizers" / "tokenizer.model")
+    given: dict[str, Any] = {"model": model, "train_dataset": dataset, "processing_class": tokenizer}
+    if settings.get("lora"):
+        from peft import LoraConfig
+
+        given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     kind, _, loss = settings["candidate"].partition("-")
     if kind == "convexlm":
-        args: Any = ConvexConfig(objective=loss, **common)
-        return ConvexTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        return ConvexTrainer(args=ConvexConfig(objective=loss, **common), **given)
     if kind == "trl":
-        args = SFTConfig(loss_type=loss, **common)
-        return SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        return SFTTrainer(args=SFTConfig(loss_type=loss, **common), **given)
 
     class ReferenceTrainer(SFTTrainer):
         """The formula over full logits: -sum_i T_i exp(mean log-probability of i) / tokens of the micro-batch."""
@@ -130,5 +133,4 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
             means = (log_probs * mask).sum(1) / lengths.clamp(min=1)
             return -(lengths * means.exp()).sum() / mask.sum()
 
-    args = SFTConfig(**common)
-    return ReferenceTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    return ReferenceTrainer(args=SFTConfig(**common), **given)
