@@ -1,9 +1,10 @@
 """The reference's decoding loop against `convexlm decode`, with the same checkpoint and sentences, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/decoding.py --output results/decoding
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --reference_threads 2 --output results/decoding
 
 The reference takes sentences in file order, four at a time, left-padded, and calls transformers' `generate` with four
-beams and no 12-gram twice. Every system decodes the whole test set once a repeat; within a repeat they take turns, so
+beams and no 12-gram twice; it may have more threads than the others, so that it and `hf, 2 processes` can use the
+same cores. Every system decodes the whole test set once a repeat; within a repeat they take turns, so
 that what else the machine does hits all alike, and the median over repeats counts. Starting processes, loading and
 converting the model and tokenizing the prompts are not timed; what comes after is, text and appends to the part file
 included. Without --checkpoint it trains two tiny models first (minutes, kept in --models). Prints tables, writes
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import sys
@@ -23,13 +25,18 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from convexlm.decoding import DecodeJob, Search, decode_jobs, find_checkpoint
 from convexlm.decoding.ct2_cache import cache_folder
+from convexlm.decoding.joblist import JobList
 from convexlm.errors import UserError
 from convexlm.testsets import TestSet, load_test_set
 from convexlm.tokenization import PromptSettings, decode_text, encode_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BATCH = 4
 SEARCHES = {
@@ -46,6 +53,28 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class AllReady(JobList):
+    """Gives out the first batch when every worker has its model, as starting and loading are not timed."""
+
+    workers = 1
+
+    def __init__(self, entries: Any) -> None:
+        super().__init__(entries)
+        self.ready = 0
+
+    def opened(self, number: int, sizes: Any) -> None:
+        """Count the workers that are ready."""
+        super().opened(number, sizes)
+        self.ready += 1
+
+    def next(self, worker: int) -> Any:
+        """Nothing but to load, at first."""
+        return None if worker in self._at and self.ready < self.workers else super().next(worker)
+
+
 class Reference:
     """The reference's loop, from its description."""
 
@@ -57,8 +86,18 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.settings = settings
 
-    def decode(self, job: DecodeJob) -> tuple[float, list[str], int]:
-        """Seconds, hypotheses and generated tokens."""
+    def decode(self, job: DecodeJob, threads: int, clock: str) -> tuple[float, list[str], int]:
+        """Seconds, hypotheses and generated tokens, computed with so many threads."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return self._decode(job, CLOCKS[clock])
+        finally:
+            torch.set_num_threads(before)
+
+    def _decode(self, job: DecodeJob, clock: Callable[[], float]) -> tuple[float, list[str], int]:
         import torch
 
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -67,7 +106,7 @@ class Reference:
             options["early_stopping"] = job.search.early_stopping
             options["no_repeat_ngram_size"] = job.search.no_repeat_ngram_size
         prompts = encode_prompts(self.tokenizer, job.prompts(), self.settings)
-        begun, texts, tokens = time.perf_counter(), [], 0
+        begun, texts, tokens = clock(), [], 0
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             width = max(map(len, batch))
@@ -81,7 +120,7 @@ class Reference:
                 answer = row[: row.index(eos) + 1] if eos in row else row
                 texts.append(decode_text(self.tokenizer, answer))
                 tokens += len(answer)
-        return time.perf_counter() - begun, texts, tokens
+        return clock() - begun, texts, tokens
 
 
 def main() -> None:
@@ -93,11 +132,21 @@ def main() -> None:
     parser.add_argument("--num_sentences", type=int, default=400)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--reference_threads", type=int, default=1, metavar="N", help="of the reference's loop")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: CPU seconds of this process, which other work on the machine disturbs less",
+    )
+    parser.add_argument("--searches", nargs="+", choices=list(SEARCHES), default=list(SEARCHES))
     parser.add_argument("--steps", type=int, default=400, help="of training the tiny models")
     parser.add_argument("--models", help="folder to keep the tiny models in; default: among the caches")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--output", default="results/decoding", help="path without suffix")
     args = parser.parse_args()
+    if args.clock == "cpu" and any("processes" in name for name in args.systems):
+        parser.error("--clock cpu sees one process: leave `hf, 2 processes` out of --systems")
     if args.checkpoint:
         checkpoints = {"the given checkpoint": find_checkpoint(args.checkpoint)}
     else:
@@ -105,10 +154,10 @@ def main() -> None:
 
         folder = Path(args.models) if args.models else cache_folder() / "benchmark-decoding"
         checkpoints = {name: train(name, folder, args.steps) for name in ("short prompt", "long prompt")}
-    found: dict[str, Any] = {"about": _about(), "tables": []}
+    found: dict[str, Any] = {"about": _about(args), "tables": []}
     for model, checkpoint in checkpoints.items():
-        for title, options in SEARCHES.items():
-            search = Search(**options, max_new_tokens=args.max_new_tokens)
+        for title in args.searches:
+            search = Search(**SEARCHES[title], max_new_tokens=args.max_new_tokens)
             table = _measure(checkpoint, _test_set(args), search, args)
             found["tables"].append({"model": model, "search": title, **table})
             found["about"]["load_average"].append(round(os.getloadavg()[0], 1))
@@ -141,7 +190,7 @@ def _measure(checkpoint: Path, test_set: TestSet, search: Search, args: argparse
             with tempfile.TemporaryDirectory() as folder:
                 job = DecodeJob(test_set, search, Path(folder) / "out.jsonl", settings)
                 try:
-                    seconds, texts[name], tokens[name] = _once(name, reference, checkpoint, job)
+                    seconds, texts[name], tokens[name] = _once(name, reference, checkpoint, job, args)
                 except UserError as error:
                     refused[name] = str(error)
                     continue
@@ -175,12 +224,23 @@ def _measure(checkpoint: Path, test_set: TestSet, search: Search, args: argparse
     }
 
 
-def _once(name: str, reference: Reference, checkpoint: Path, job: DecodeJob) -> tuple[float, list[str], int]:
+def _once(
+    name: str, reference: Reference, checkpoint: Path, job: DecodeJob, args: argparse.Namespace
+) -> tuple[float, list[str], int]:
     if name == "reference loop":
-        return reference.decode(job)
-    (result,) = decode_jobs(checkpoint, [job], device="cpu", **SYSTEMS[name])
+        return reference.decode(job, args.reference_threads, args.clock)
+    AllReady.workers = SYSTEMS[name].get("num_processes", 1)
+    with patch("convexlm.decoding.run.JobList", AllReady):
+        times: list[float] = []  # at the job's start, and after every batch
+        decode_jobs(
+            checkpoint,
+            [job],
+            device="cpu",
+            progress=lambda state: times.append(CLOCKS[args.clock]()),
+            **SYSTEMS[name],
+        )
     rows = [json.loads(line) for line in job.output_file.read_text(encoding="utf-8").split("\n")[:-1]]
-    return result.seconds, [row["hypothesis"] for row in rows], sum(row["tokens"] for row in rows)
+    return times[-1] - times[0], [row["hypothesis"] for row in rows], sum(row["tokens"] for row in rows)
 
 
 def _table(table: dict[str, Any]) -> list[str]:
@@ -215,13 +275,15 @@ def _page(found: dict[str, Any]) -> str:
         "# Decoding speed\n",
         "The reference's loop (file order, 4 at a time, transformers' `generate`) and `convexlm decode`: the same "
         "checkpoint, sentences and search. Medians of interleaved repeats, and in brackets the ratio within the least "
-        "and the most favourable repeat; starting, loading, converting and tokenizing are not counted. The reference "
-        "and all systems but `2 processes` have one process; that one has two, so it may use twice the cores.\n",
+        "and the most favourable repeat; starting, loading, converting and tokenizing are not counted. "
+        f"The reference has one process of {about['reference_threads']} thread(s), `2 processes` has two of "
+        f"{about['threads']}, the others one of {about['threads']}.\n",
         f"`{about['command']}`\n",
-        f"{about['machine']}, {about['cores']} cores, {about['threads']} thread(s) a process; load average of the "
+        f"{about['machine']}, {about['cores']} cores; load average of the "
         f"machine meanwhile {', '.join(map(str, about['load_average']))} (a shared machine: trust ratios, not rates); "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
         + f"; {about['date']}.\n",
+        "Seconds are CPU time of the one process.\n" if about["clock"] == "cpu" else "Seconds are wall-clock time.\n",
         "On a GPU: not measured. ctranslate2 refuses the reference's very search (it ends a beam search as "
         "`early_stopping: true` does), and is compared with the reference's loop under that setting instead. With "
         "int8 weights the model is another one, so some hypotheses differ.",
@@ -231,7 +293,7 @@ def _page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about() -> dict[str, Any]:
+def _about(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -242,9 +304,11 @@ def _about() -> dict[str, Any]:
             versions[name] = None
     threads = torch.get_num_threads()
     return {
-        "command": f"OMP_NUM_THREADS={threads} python benchmarks/decoding.py " + " ".join(sys.argv[1:]).strip(),
+        "command": f"OMP_NUM_THREADS={threads} python benchmarks/decoding.py " + shlex.join(sys.argv[1:]),
         "versions": versions,
         "threads": threads,
+        "reference_threads": args.reference_threads,
+        "clock": args.clock,
         "cores": os.cpu_count(),
         "machine": _processor(),
         "date": time.strftime("%Y-%m-%d"),

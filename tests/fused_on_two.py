@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from convexlm.fused_forward import HeadCall, add_fused_objective
+from convexlm.launch import leave
 from convexlm.objectives import get_objective
 from training_helpers import tiny_model
 
@@ -62,8 +63,7 @@ def main():
         found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     if rank == 0:
         torch.save(found, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

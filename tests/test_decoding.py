@@ -312,7 +312,7 @@ def test_the_hash_covers_what_changes_answers_only(tmp_path: Path):
 
 def test_unknown_names_are_refused(tmp_path: Path):
     job = make_job(tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: ctranslate2, echo, hf, vllm"):
+    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: ctranslate2, echo, hf, .*vllm"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], backend="nope")
     with pytest.raises(UserError, match="unknown dtype `int3`"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], device="cpu", dtype="int3")
@@ -327,15 +327,16 @@ def test_unknown_names_are_refused(tmp_path: Path):
 def test_batches_hold_the_budget_and_every_sentence_once():
     chance = random.Random(0)
     lengths = [chance.randint(0, 300) for _ in range(500)]
-    search = Search(num_beams=4, max_new_tokens=100)
+    held = [length + 4 * 100 for length in lengths]
     for batch_size, budget in ((None, 8000), (7, 8000), (None, 1)):
-        batches = plan_batches(lengths, search, batch_size, budget)
+        batches = plan_batches(range(500), lengths, held, batch_size, budget)
         assert sorted(position for batch in batches for position in batch) == list(range(500))
         flat = [lengths[position] for batch in batches for position in batch]
         assert flat == sorted(lengths, reverse=True)
         for batch in batches:
-            tokens = len(batch) * 4 * (max(lengths[position] for position in batch) + 100)
+            tokens = sum(held[position] for position in batch)
             assert len(batch) <= 7 if batch_size else tokens <= budget or len(batch) == 1
+    assert sorted(sum(plan_batches([3, 1, 4], lengths, held), ())) == [1, 3, 4]
 
 
 # Prompts

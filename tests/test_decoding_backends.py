@@ -288,7 +288,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     module.LLM = FakeLLM
     module.SamplingParams = lambda **options: types.SimpleNamespace(**options)
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("convexlm.decoding.run.choose_device", lambda device: device)
+    monkeypatch.setattr("convexlm.decoding.prepare.choose_device", lambda device: device)
     FakeLLM.made, FakeLLM.asked = [], []
     return FakeLLM
 

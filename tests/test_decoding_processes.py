@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import random
 import resource
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,60 +134,131 @@ def test_the_verb_takes_the_number(checkpoint: Path, tmp_path: Path, capsys: pyt
     assert json.loads((tmp_path / "out.meta.json").read_text())["num_processes"] == 2
 
 
-SWEEP = """
-import sys
+FORKS = """
+import os, sys, traceback
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from convexlm.decoding import decode_jobs
-from test_decoding_processes import MANY, OPTIONS, jobs_in, make_job
-folder, model = Path(sys.argv[1]), Path({model!r})
-decode_jobs(model, jobs_in(folder), device="cpu", batch_size=1)
-job = make_job(folder / "last.jsonl", MANY, **OPTIONS)
-decode_jobs(model, [job], device="cpu", batch_size=1, backend={backend!r}, num_processes=2)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from convexlm.decoding import CheckpointJobs, decode_sweep
+from convexlm.decoding.backends import get_backend
+import convexlm.decoding.generation, convexlm.decoding.loading, convexlm.tokenization, accelerate.utils.memory
+from test_decoding_processes import sweep
+get_backend("hf")
+torch.set_num_threads(1)
+# Each line names a folder; the sweep into it runs in a fork, so that a kill does not wait for imports.
+for line in sys.stdin:
+    if pid := os.fork():
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+        continue
+    try:
+        sweep([Path(name) for name in sys.argv[1:]], Path(line.strip()))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 """
+
+
+def sweep(checkpoints: list[Path], folder: Path) -> None:
+    """Two checkpoints with two searches each, and a job that converts the first one where that can be done."""
+    from convexlm.decoding import CheckpointJobs, decode_sweep
+
+    entries = [CheckpointJobs(checkpoint, jobs_in(folder / checkpoint.name)) for checkpoint in checkpoints]
+    decode_sweep(entries, device="cpu", batch_size=2)
+    if importlib.util.find_spec("ctranslate2"):
+        os.environ["CONVEXLM_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
+        job = make_job(folder / "converted.jsonl", MANY, **OPTIONS)
+        decode_jobs(checkpoints[0], [job], device="cpu", batch_size=2, backend="ctranslate2")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path: Path):
-    """Anywhere: imports, model load, appends, the last steps of a file, conversion, two workers at work."""
-    backend = "ctranslate2" if importlib.util.find_spec("ctranslate2") else "hf"
-    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), backend=backend)
+    """Anywhere: hashing, model loads, appends, the last steps of a file, between files, conversion."""
+    copy = tmp_path / "checkpoint-61"
+    shutil.copytree(checkpoint, copy)
+    (copy / "convexlm.json").write_text((copy / "convexlm.json").read_text() + " ")
+    script = FORKS.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(checkpoint), str(copy)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, env=environment, text=True, **pipes)
 
-    def start(name: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CONVEXLM_CACHE": str(tmp_path / f"{name}-cache")}
-        command = [sys.executable, "-c", script, str(tmp_path / name)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    def run(name: str, seconds: float | None) -> bool:
+        """Whether it came to its end."""
+        server.stdin.write(f"{tmp_path / name}\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        if seconds is not None and not select.select([server.stdout], [], [], seconds)[0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        status = int(server.stdout.readline())
+        assert status in (0, signal.SIGKILL), "it failed by itself"
+        return status == 0
 
-    began = time.monotonic()
-    assert start("whole").wait() == 0
-    duration = time.monotonic() - began
-    chance, kills, rounds, halfway = random.Random(11), 0, 0, 0
-    while kills < 25:
-        name = f"killed{rounds}"
-        rounds += 1
-        for _ in range(8):
-            process = start(name)
-            try:
-                assert process.wait(chance.uniform(0.1, 1.0) * duration) == 0
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+    def finished(name: str) -> dict[str, bytes]:
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths}
+
+    with server:
+        assert run("first", None)  # what is imported late is imported now
+        began = time.monotonic()
+        assert run("whole", None)
+        duration = time.monotonic() - began
+        whole, chance, kills, rounds, halfway = finished("whole"), random.Random(11), 0, 0, 0
+        while kills < 25:
+            name = f"killed{rounds}"
+            rounds += 1
+            for attempt in range(8):
+                began = time.monotonic()
+                if run(name, chance.uniform(0.0, 1.0) * duration):
+                    if not attempt:  # the machine is less busy now
+                        duration = min(duration, time.monotonic() - began)
+                    break
                 kills += 1
-                halfway += any(part.stat().st_size for part in (tmp_path / name).glob("*.part"))
-        else:
-            assert start(name).wait() == 0
-        files = sorted(path.name for path in (tmp_path / "whole").iterdir())
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
-        for file in files:
-            if file.endswith(".jsonl"):
-                assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    assert halfway > 3
+                halfway += any(part.stat().st_size for part in (tmp_path / name).rglob("*.part"))
+            else:
+                assert run(name, None)
+            files = finished(name)
+            assert files.keys() == whole.keys()
+            assert all(files[file] == whole[file] for file in files if file.endswith(".jsonl"))
+        server.stdin.close()
+    assert halfway > 5
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from convexlm.decoding import decode_jobs
+from test_decoding_processes import jobs_in
+decode_jobs(Path({model!r}), jobs_in(Path(sys.argv[1])), device="cpu", batch_size=1, num_processes={processes})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_9_of_a_run_with_workers(checkpoint: Path, tmp_path: Path, one_thread: None):
+    """The parent is killed while two workers are at it; they end, and one process alone completes the files."""
+    for number, job in enumerate(jobs_in(tmp_path / "whole")):
+        decode_jobs(checkpoint, [job], device="cpu", batch_size=1)
+        script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), processes=2)
+        command = [sys.executable, "-c", script, str(tmp_path / "out")]
+        part = tmp_path / "out" / f"{job.output_file.name}.part"
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (part.exists() and part.stat().st_size > 2500):
+                time.sleep(0.002)
+            process.kill()
+        assert number or read(part)[1:], "it should have been killed while decoding"
+    decode_jobs(checkpoint, jobs_in(tmp_path / "out"), device="cpu", batch_size=1)
+    for job in jobs_in(tmp_path / "whole"):
+        assert (tmp_path / "out" / job.output_file.name).read_bytes() == job.output_file.read_bytes()
 
 
 def test_a_second_run_is_refused_while_the_first_decodes(checkpoint: Path, tmp_path: Path):
-    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), backend="hf")
+    script = SWEEP.format(tests=str(Path(__file__).parent), model=str(checkpoint), processes=1)
     command = [sys.executable, "-c", script, str(tmp_path)]
     part = tmp_path / "greedy.jsonl.part"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
@@ -214,7 +288,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, tmp_path: P
     error = process.stderr.strip().split("\n")[-1]
     assert "cannot be written (File too large)" in error
     assert "the same command goes on from there" in error
-    kept = len(read(tmp_path / "out.jsonl.part")) - 1
+    kept = sum("hypothesis" in row for row in read(tmp_path / "out.jsonl.part"))
     assert 0 < kept < len(MANY)
     assert f"{kept} of {len(MANY)} sentences are safe" in error
     assert main(argv) == 0

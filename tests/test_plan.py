@@ -127,12 +127,9 @@ def test_a_global_batch_is_made_up_on_any_number_of_processes(
         (128, {"gradient_accumulation_steps": 2}, "not both"),
     ],
 )
-def test_a_global_batch_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, total: Any, options: dict[str, Any], said: str
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_global_batch_that_cannot_be_is_refused(total: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        accumulation_steps(total, options, "mle")
+        accumulation_steps(total, options, "mle", 2)
     assert "arm `mle`" in str(error.value) and said in str(error.value)
 
 
@@ -140,7 +137,7 @@ def test_the_default_batch_size_is_the_trainers() -> None:
     from convexlm import ConvexConfig
 
     config = ConvexConfig("x", use_cpu=True)
-    assert accumulation_steps(16 * config.per_device_train_batch_size, {}, "mle") == 16
+    assert accumulation_steps(16 * config.per_device_train_batch_size, {}, "mle", 1) == 16
     assert steps_of_epoch(config, 8 * config.per_device_train_batch_size + 1) == 9
     assert checkpoint_steps(config, None, None) == []
 
@@ -225,3 +222,110 @@ def test_a_plan_with_validation_decodes_test_sets_from_the_selected_checkpoint_o
     }
     show_plan(plan, Console(width=200))
     assert "the best bleu with beam2 search on the validation sets" in capsys.readouterr().out
+
+
+# -- memory, tokens, disk
+
+
+def test_a_plan_says_memory_tokens_and_disk(shared_data: Path, tmp_path: Path) -> None:
+    """On real data and the Llama-2 tokenizer; the oracle for lengths is the tokenizer itself."""
+    from convexlm.instructions import load_records
+    from convexlm.tokenization import PromptSettings, load_tokenizer, tokenize_records
+
+    path = Path(__file__).parents[1] / "recipes" / "smoke-wmt22.yaml"
+    recipe = load_recipe(path, [f"vars.data_dir={shared_data}", "train.save_total_limit=1"])
+    plan = make_plan(recipe, tmp_path / "run")
+    mle, convex = plan["train"]
+    assert mle["memory"] == convex["memory"] and mle["tokens"] == convex["tokens"]
+    assert mle["memory"]["parameters"] == 2 * 32000 * 64 // 2 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 172 + 2 * 64)
+    assert (mle["memory"]["rows"], mle["memory"]["length"]) == (4, 256)
+    assert mle["disk"] == {
+        "checkpoint": 12 * mle["memory"]["parameters"],
+        "kept": 12 * mle["memory"]["parameters"],
+        "most": 2 * 12 * mle["memory"]["parameters"],
+    }
+    assert plan["disk"] == 2 * mle["disk"]["kept"]
+    assert (plan["decode_jobs"], plan["decode_sentences"]) == (8, 64)
+    records = load_records(recipe.data["dataset"])
+    tokenizer = load_tokenizer(shared_data / "tokenizers")
+    rows = tokenize_records(records, tokenizer, PromptSettings().resolve(tokenizer), 256).rows
+    mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    assert mle["tokens"]["sampled"] <= 400 and mle["tokens"]["mean"] == pytest.approx(mean, rel=0.1)
+    assert mle["tokens"]["in_all"] == round(16 * 4 * mle["tokens"]["mean"])
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_the_reference_recipe_has_its_memory_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "llama-7b-mle.yaml")
+    plan = make_plan(recipe, "runs/x")
+    (train,) = plan["train"]
+    memory = train["memory"]
+    assert (plan["processes"], memory["sharding"], memory["parameters"]) == (8, "fsdp2", 6_738_415_616)
+    assert memory["weights"] == pytest.approx(4 * 6_738_415_616 / 8, rel=0.001)
+    assert train["batch"] == "1 x 16 accumulated x 8 processes"
+    assert train["disk"]["checkpoint"] == 12 * 6_738_415_616
+    show_plan(plan, Console(width=200))
+    out = capsys.readouterr().out
+    assert "6,738,415,616 parameters (by a table of known shapes)" in out and "fsdp2 over 8" in out
+    assert "84 GB" not in out and "80.9 GB each, at most 566.0 GB" in out
+
+
+def test_a_model_that_is_not_at_hand_has_no_memory_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"model_name_or_path": "nobody/unknown-model"}
+    plan = make_plan(load(tmp_path, model=model, train__max_steps=5), tmp_path / "run")
+    assert plan["train"][0]["memory"] is None and plan["disk"] is None
+    show_plan(plan, Console(width=200))
+    assert "memory   not known: nobody/unknown-model: its config is not at hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding"),
+    [
+        ("single_gpu", "none"),
+        ("multi_gpu", "ddp"),
+        ("fsdp2", "fsdp2"),
+        ("zero2", "zero2"),
+        ("zero3", "zero3"),
+        ("zero3_offload", "zero3_offload"),
+    ],
+)
+def test_every_packaged_launch_has_its_sharding(name: str, sharding: str) -> None:
+    from convexlm.launch.settings import config_file
+    from convexlm.options import load_yaml
+    from convexlm.plan_training import sharding_of_file
+
+    processes = 1 if name == "single_gpu" else 4
+    assert sharding_of_file(load_yaml(config_file(name)), processes) == sharding
+
+
+def test_one_training_is_planned_alone(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from convexlm.plan_training import plan_training, show_training_plan
+
+    rows = [{"instruction": "say", "input": "one two", "output": "three four"} for _ in range(30)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    values = {
+        "model_name_or_path": str(tiny_llama),
+        "dataset": str(tmp_path / "data.json"),
+        "output_dir": str(tmp_path / "out"),
+        "objective": "mle",
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "save_steps": 5,
+        "use_cpu": True,
+    }
+    before = snapshot(tmp_path)
+    plan = plan_training(values)
+    assert snapshot(tmp_path) == before
+    assert (plan["records"], plan["steps"], plan["checkpoints"]) == (30, 16, [5, 10, 15, 16])
+    assert plan["tokens"]["sampled"] == 30
+    assert plan["tokens"]["in_all"] == round(2 * 30 * plan["tokens"]["mean"])
+    assert plan["memory"]["length"] == plan["tokens"]["longest"]  # all records were read
+    assert plan["memory"]["config_from"] == "its config.json" and plan["memory"]["device"] == "cpu"
+    packed = plan_training({**values, "packing": True, "max_length": 64})
+    assert packed["steps"] is None and packed["memory"]["length"] == 4 * 64
+    assert 1 <= packed["steps_about"] <= plan["steps"]
+    adapter = plan_training({**values, "use_peft": True, "lora_target_modules": ["q_proj"]})
+    assert adapter["memory"]["trainable"] == 16 * (16 + 16)
+    assert json.loads(json.dumps(plan)) == plan
+    show_training_plan(plan, Console(width=200))
+    assert "16 steps" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from convexlm.errors import UserError
+from convexlm.errors import Stopped, UserError
 from convexlm.version import __version__
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ VERBS = {
     "score": "score hypotheses with sacreBLEU",
     "compare": "compare systems with a paired significance test",
     "report": "write a run's report as one HTML page",
+    "export": "write a checkpoint as a plain folder with a model card, shards and adapters merged",
     "diagnose": "say what an objective would do to your data and model, before you train",
     "theory": "compute the distribution that an objective wants, or write the page that shows it",
 }
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # a reader that goes away early (`| head`) is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        from convexlm.launch.ending import leave
+
+        leave(code)
     return code
 
 
@@ -71,6 +76,10 @@ def _main(argv: Sequence[str] | None) -> int:
         result = module.run(args)
     except UserError as error:
         return _refuse(prog, str(error))
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_FAILED

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-WEIGHT, ROW = "token_weight", "row_index"
+WEIGHT, ROW, RECORD = "token_weight", "row_index", "record_id"
 
 
 @dataclass
 class ConvexCollator(DataCollatorForLanguageModeling):
     """TRL's collator for language modeling, and two tensors that follow the tokens through padding and packing.
 
-    Adds to TRL's batch, both shaped like `input_ids`:
+    Adds to TRL's batch, the first two shaped like `input_ids`:
 
     - `token_weight` (float32): the `weight` of the record that the token belongs to. Only if a record has one.
     - `row_index` (int64): which example of the batch a token came from. Only for padding-free batches, whose
       examples are flattened into one row.
+    - `record_id`: the examples' own `record_id`, a list. Only if they have one. It is for reports, no tensor and no
+      input of a model.
 
     With `padding_side="left"` rows are padded on the left and `position_ids` are given, so that a token has the
     same position as without padding.
@@ -29,7 +31,7 @@ class ConvexCollator(DataCollatorForLanguageModeling):
     padding_side: str = "right"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths` and `weight`)."""
+        """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths`, `weight` and `record_id`)."""
         batch = super().torch_call(examples)
         shape = batch["input_ids"].shape
         lengths = [len(example["input_ids"]) for example in examples]
@@ -41,6 +43,8 @@ class ConvexCollator(DataCollatorForLanguageModeling):
             batch[ROW] = _lay_out(rows, shape, flat=True)
         elif self.padding_side == "left":
             _shift_to_the_right(batch, lengths)
+        if all(example.get(RECORD) is not None for example in examples):
+            batch[RECORD] = [example[RECORD] for example in examples]
         return batch
 
 

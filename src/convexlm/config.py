@@ -78,6 +78,21 @@ class ConvexConfig(SFTConfig):
         metadata={"help": "Side on which rows of a batch are padded, `right` or `left`; the loss is the same."},
     )
 
+    skip_nonfinite_steps: bool = field(
+        default=False,
+        metadata={
+            "help": "Make no update at a step whose loss or gradient is not finite, and count it in `skipped_steps`, "
+            "in place of stopping with a report."
+        },
+    )
+    min_effective_sample_size: float = field(
+        default=0.05,
+        metadata={
+            "help": "Warn once when the effective sample size (a share, from 0 to 1) is below this in three logs "
+            "running; 0 turns the warning off."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Fill in what depends on the device, and refuse what no objective could honour."""
         if self.bf16 is None and not self.fp16:
@@ -92,6 +107,10 @@ class ConvexConfig(SFTConfig):
             raise ValueError(f"`head_chunk_tokens` must be at least 1, not {self.head_chunk_tokens}")
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is `left` or `right`, not `{self.padding_side}`")
+        if not 0.0 <= self.min_effective_sample_size < 1.0:
+            raise ValueError(
+                f"`min_effective_sample_size` is a share from 0 (off) to below 1, not {self.min_effective_sample_size}"
+            )
 
     def build_objective(self) -> Objective:
         """The objective that these options describe, at its full k."""

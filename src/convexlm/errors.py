@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"."""
+"""The exception that means "the user's input is wrong", and the one that means "stopped, and here is why"."""
 
 from __future__ import annotations
 
@@ -12,3 +12,15 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split("\n")))
+
+
+class Stopped(Exception):
+    """Work ended before it was done, by a signal or for its own good; what is on disk is whole.
+
+    The message is one line that says why, what was left and how to go on. The command line prints it on stderr
+    without a traceback and exits with `exit_code`.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(" ".join(message.split("\n")))
+        self.exit_code = exit_code

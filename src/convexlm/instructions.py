@@ -233,25 +233,40 @@ def load_records(
         UserError: no such file or name, an empty file, a broken record (with its line), a record without output,
             wrong types, unknown or mixed formats, an unknown template.
     """
-    if max_records is not None and (isinstance(max_records, bool) or max_records < 1):
-        raise UserError(f"max_records must be at least 1, found {max_records}")
+    check_max_records(max_records)
     found = (record for record, _ in iter_records(dataset, template=template, split=split))
     records = list(itertools.islice(found, max_records))
     if not records:
-        raise UserError(f"{dataset}: there are no records in it")
+        raise no_records(dataset)
     return records
 
 
+def check_max_records(max_records: int | None) -> None:
+    """Refuse a number that would leave nothing.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if max_records is not None and (isinstance(max_records, bool) or max_records < 1):
+        raise UserError(f"max_records must be at least 1, found {max_records}")
+
+
+def no_records(dataset: str | Path) -> UserError:
+    """What to raise where a dataset turns out to be empty."""
+    return UserError(f"{dataset}: there are no records in it")
+
+
 def iter_records(
-    dataset: str | Path, *, template: str = "alpaca", split: str = "train"
+    dataset: str | Path, *, template: str = "alpaca", split: str = "train", streaming: bool = False
 ) -> Iterator[tuple[Record, Mapping[str, Any]]]:
     """Records one after another, each with the row it was made of; see `load_records`.
 
-    JSON Lines and parquet files are read as a stream, so memory does not grow with the file.
+    JSON Lines and parquet files are read as a stream, so memory does not grow with the file. With `streaming`, names
+    on the hub are, too, and a JSON array, which cannot be, is refused.
     """
     filler = get_template(template)
     first: tuple[str, Format] | None = None
-    for row_id, where, row in _rows(dataset, split):
+    for row_id, where, row in _rows(dataset, split, streaming):
         try:
             if not isinstance(row, dict):
                 raise UserError(f"expected a JSON object, found {_kind(row)}")
@@ -274,7 +289,7 @@ def _check_encodable(record: Record) -> None:
         raise UserError("a lone surrogate (half of a \\uD83D\\uDE00-like pair) is in the text; repair it") from None
 
 
-def _rows(dataset: str | Path, split: str) -> Iterator[tuple[str, str, Any]]:
+def _rows(dataset: str | Path, split: str, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
     """Every record with its id and with where it is, for messages."""
     path = Path(dataset)
     try:
@@ -282,24 +297,27 @@ def _rows(dataset: str | Path, split: str) -> Iterator[tuple[str, str, Any]]:
     except (OSError, ValueError) as error:  # a name too long for the system, a NUL in it
         raise UserError(f"{dataset!s:.80}: no file name and no dataset name ({error})") from None
     if kind == "file":
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path, streaming)
         return
     if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(dataset))):
         raise UserError(f"{dataset}: no such file")
-    for number, row in enumerate(_load_dataset(str(dataset), split, is_folder=bool(kind)), start=1):
+    rows = load_dataset(str(dataset), split, is_folder=bool(kind), streaming=streaming)
+    for number, row in enumerate(rows, start=1):
         yield f"{path.name}[{split}]#{number}", f"{dataset} [{split}], record {number}", row
 
 
 _DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".zip"}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
+def _json_rows(path: Path, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
     numbered = ((number, line) for number, line in enumerate(iter_lines(path), start=1) if line.strip())
     begin = next(numbered, None)
     if begin is None:
         raise UserError(f"{path}: the file is empty")
     start = begin[1].lstrip()[0]
     if start == "[":
+        if streaming:
+            raise UserError(f"{path}: a JSON array is read as a whole; for --streaming write one object a line")
         rows = _parse(read_text(path), path, 0)
         if not rows:
             raise UserError(f"{path}: the array is empty")
@@ -336,8 +354,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 
 
-def _load_dataset(name: str, split: str, *, is_folder: bool) -> Any:
-    """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run."""
+def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = False) -> Any:
+    """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
     import datasets
 
     try:
@@ -348,7 +370,7 @@ def _load_dataset(name: str, split: str, *, is_folder: bool) -> Any:
                     raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
                 found = found[split]
             return found
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, **({"streaming": True} if streaming else {}))
     except UserError:
         raise
     except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here

@@ -6,25 +6,30 @@ recognised by the hash of its inputs.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, to_json_line, write_atomic, write_jsonl
 from convexlm.progress import note
-from convexlm.recipe import is_whole
-from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, trained_runs
+from convexlm.recipe import DATA_OPTIONS, is_whole
+from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, trained_runs
 from convexlm.sweep import decode_stage, read_instruction
 from convexlm.testsets import TestSet, load_test_set
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from convexlm.recipe import Arm, Recipe
+
+Train = Callable[[dict[str, Any], str], dict[str, Any]]  # options and a name -> as `train_model` returns
 
 
 def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
@@ -41,11 +46,13 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
 
     if world_size() > 1:
         raise UserError(
-            "`convexlm run` is one process; under a launcher, train an arm with "
-            "`accelerate launch -m convexlm.cli train ...`"
+            "`convexlm run` is one process, which starts others itself: give it --num_processes; under a launcher, "
+            "train an arm with `accelerate launch -m convexlm.cli train ...`"
         )
     folder = RunFolder(Path(run_dir))
     begun = time.monotonic()
+    if recipe.launch.machines > 1 and recipe.launch.machine_rank:
+        return _take_part(recipe, folder, begun)
     # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
     if not folder.check(recipe):
         check_files(recipe)
@@ -56,9 +63,10 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         note(f"[1/5] data  {_prepare_data(recipe, folder)}")
         _write_references(folder, [*test_sets, *validation_sets])
         runs = trained_runs(recipe)
-        for number, run in enumerate(runs, start=1):
-            _train(recipe, folder, run, f"[2/5] train {run.name} ({number} of {len(runs)})")
-        decode_stage(recipe, folder, runs, test_sets, validation_sets)
+        with _trainer(recipe) as train:
+            for number, run in enumerate(runs, start=1):
+                _train(recipe, folder, run, f"[2/5] train {run.name} ({number} of {len(runs)})", train)
+        decode_stage(_decoding_like_training(recipe), folder, runs, test_sets, validation_sets)
         note("[4/5] score and compare")
         comparison = evaluate(recipe, folder, runs, test_sets, validation_sets)
         note("[5/5] report")
@@ -120,13 +128,16 @@ def check_files(recipe: Recipe) -> None:
     """
     from convexlm.instructions import load_records
 
+    # A stream may be larger than memory: of it the first record has to do.
+    limit = 1 if recipe.data.get("streaming") else recipe.data.get("max_records")
     for _, dataset in _datasets(recipe):
-        if isinstance(dataset, str) and Path(dataset).exists():
-            load_records(
-                dataset, template=recipe.data.get("template", "alpaca"), max_records=recipe.data.get("max_records")
-            )
-        elif isinstance(dataset, str) and (
-            Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
+        here = isinstance(dataset, str) and Path(dataset).exists()
+        if here and (Path(dataset).is_file() or not recipe.data.get("streaming")):
+            load_records(dataset, template=recipe.data.get("template", "alpaca"), max_records=limit)
+        elif (
+            isinstance(dataset, str)
+            and not here
+            and (Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../")))
         ):
             raise UserError(f"data.dataset {dataset}: no such file")
     model = recipe.model.get("model_name_or_path")
@@ -234,9 +245,7 @@ def train_options(recipe: Recipe, folder: RunFolder, run: TrainedRun) -> dict[st
     """The options of `convexlm train` for one arm and seed; relative paths are relative to the current folder."""
     arm = recipe.arm(run.arm)
     options = {key: value for key, value in recipe.model.items() if key not in ("config", "tokenizer")}
-    options.update(
-        {key: recipe.data[key] for key in ("template", "add_bos", "max_records", "eval_dataset") if key in recipe.data}
-    )
+    options.update({key: recipe.data[key] for key in sorted(DATA_OPTIONS) if key in recipe.data})
     options["dataset"] = _dataset_of(recipe, folder, arm)
     tokenizer = recipe.model.get("tokenizer")
     if tokenizer:
@@ -248,21 +257,21 @@ def train_options(recipe: Recipe, folder: RunFolder, run: TrainedRun) -> dict[st
         options["config_name"] = str(folder.data / "model")
     options.update(arm.train)
     if total := options.pop("global_batch_size", None):
-        options["gradient_accumulation_steps"] = accumulation_steps(total, options, run.arm)
+        options["gradient_accumulation_steps"] = accumulation_steps(total, options, run.arm, world_size(recipe))
     options.update(output_dir=str(folder.train(run)), seed=run.seed)
     options.setdefault("report_to", "none")
     return options
 
 
-def accumulation_steps(global_batch_size: int, options: dict[str, Any], arm: str) -> int:
-    """The gradient accumulation that makes up a global batch on as many processes as there are.
+def accumulation_steps(global_batch_size: int, options: dict[str, Any], arm: str, processes: int) -> int:
+    """The gradient accumulation that makes up a global batch on so many processes.
 
     Raises:
         UserError: the global batch is no multiple of what all processes take at once.
     """
     if "gradient_accumulation_steps" in options:
         raise UserError(f"arm `{arm}`: give `global_batch_size` or `gradient_accumulation_steps`, not both")
-    at_once = int(options.get("per_device_train_batch_size", 8)) * world_size()
+    at_once = int(options.get("per_device_train_batch_size", 8)) * processes
     if not is_whole(global_batch_size, 1) or global_batch_size % at_once:
         raise UserError(
             f"arm `{arm}`: global_batch_size {global_batch_size!r} is no multiple of per_device_train_batch_size x "
@@ -278,7 +287,7 @@ def _last_checkpoint(folder: RunFolder, run: TrainedRun) -> str:
     return str(folder.train(run) / json.loads(done.read_text(encoding="utf-8"))["checkpoints"][-1])
 
 
-def _train(recipe: Recipe, folder: RunFolder, run: TrainedRun, title: str) -> None:
+def _train(recipe: Recipe, folder: RunFolder, run: TrainedRun, title: str, train: Train) -> None:
     options = train_options(recipe, folder, run)
     done = folder.train(run) / DONE_FILE
     identity = _training_identity(options, folder)
@@ -287,17 +296,52 @@ def _train(recipe: Recipe, folder: RunFolder, run: TrainedRun, title: str) -> No
             raise UserError(f"{done.parent}: trained on other data or from another model; choose another --run_dir")
         note(f"{title}: done")
         return
-    from convexlm.training import train_model
-    from convexlm.verbs.train import build_options
-
     note(title)
-    data, model_options, config = build_options(options)
-    result = train_model(model_options, data, config, resume=True, title=run.name)
+    result = train(options, run.name)
     if not result["checkpoints"]:
         raise UserError(f"{run.name}: training left no checkpoint; `save_strategy: no` cannot be used in a recipe")
     kept = {key: result[key] for key in ("checkpoints", "steps", "records", "dropped", "truncated", "seconds")}
     write_atomic(done, json.dumps({"identity": identity, **kept}, indent=2) + "\n")
     gc.collect()
+
+
+@contextlib.contextmanager
+def _trainer(recipe: Recipe) -> Iterator[Train]:
+    """How a training is done: in this process, in those of a launch, or on all machines."""
+    if not recipe.launch:
+        from convexlm.verbs.train import train_here
+
+        yield lambda options, name: train_here(options, resume=True, title=name)
+    elif recipe.launch.machines == 1:
+        from convexlm.launch.training import launch_training
+
+        yield lambda options, name: launch_training(recipe.launch, options, resume=True, title=name)
+    else:
+        from convexlm.launch.machines import lead
+
+        with lead(recipe.launch, identity_sha256(recipe)) as leading:
+            yield leading.train
+
+
+def _take_part(recipe: Recipe, folder: RunFolder, begun: float) -> dict[str, Any]:
+    """What a machine other than the first does in a run."""
+    from convexlm.launch.machines import take_part
+
+    trained = take_part(recipe.launch, identity_sha256(recipe))
+    return {
+        "recipe": recipe.name,
+        "run_dir": str(folder.path),
+        "seconds": round(time.monotonic() - begun, 1),
+        "machine_rank": recipe.launch.machine_rank,
+        "trained": trained,
+    }
+
+
+def _decoding_like_training(recipe: Recipe) -> Recipe:
+    """The recipe, decoding on as many processes of this machine as it trains on, if it does not say."""
+    if not recipe.launch or recipe.decode.get("num_processes"):
+        return recipe
+    return replace(recipe, decode={**recipe.decode, "num_processes": recipe.launch.local_processes})
 
 
 def _training_identity(options: dict[str, Any], folder: RunFolder) -> str:
@@ -329,6 +373,9 @@ def _report(folder: RunFolder) -> None:
         fresh.replace(folder.report)
 
 
-def world_size() -> int:
-    """How many processes train together, as launchers tell it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def world_size(recipe: Recipe | None = None) -> int:
+    """How many processes train together: as a launcher has told this one, or as the recipe's launch will start."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 or recipe is None or not recipe.launch:
+        return started
+    return recipe.launch.processes

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+from convexlm.memory import gigabytes
 from convexlm.pipeline import check_files, train_options, world_size
+from convexlm.plan_data import Data, count_records
+from convexlm.plan_training import (
+    checkpoint_steps,
+    describe_steps,
+    plan_lines,
+    plan_training,
+    sharding_here,
+    sharding_of_file,
+    steps_of_epoch,
+)
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
 
-    from convexlm.config import ConvexConfig
     from convexlm.recipe import Recipe
 
-SHOWN_OPTIONS = (
-    *("objective", "k", "level", "length_weighting", "mle_mix", "k_warmup", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "warmup_steps", "weight_decay", "max_length", "packing", "bf16", "fp16", "use_peft"),
-)
+TINYWORLD_VOCABULARY = 2048  # at most: `train_tokenizer` stops where the corpus has no more to merge
+
+__all__ = ["checkpoint_steps", "describe_steps", "make_plan", "show_plan", "steps_of_epoch"]
 
 
 def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     """Every stage with its steps, files and settings, after checking all that can be checked without weights.
 
     Returns:
-        `recipe`, `run_dir`, `train` (a run each: options, records, steps, checkpoints), `selection`, `decode` (a
-        file each; `checkpoint-SELECTED` stands for what validation will choose), `score`, `outputs`.
+        `recipe`, `run_dir`, `train` (a run each: what `plan_training` says of it), `selection`, `decode` (a
+        file each; `checkpoint-SELECTED` stands for what validation will choose), `decode_jobs`, `decode_sentences`
+        (None where a test set is still to be downloaded), `disk` (bytes of all checkpoints), `score`, `outputs`.
 
     Raises:
         UserError: as running the recipe would, for whatever is wrong before training begins.
@@ -43,104 +50,96 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     check_files(recipe)
     folder.check(recipe)
     runs = trained_runs(recipe)
-    trains = [_plan_training(recipe, folder, run) for run in runs]
+    processes, sharding = _launch(recipe)
+    found: dict[str, Data] = {}
+    trains = [_plan_arm(recipe, folder, run, processes, sharding, found) for run in runs]
+    decode = _plan_decoding(recipe, folder, runs, trains)
+    sizes = [job["sentences"] for job in decode]
     return {
         "recipe": recipe.name,
         "run_dir": str(folder.path),
-        "processes": world_size(),
+        "processes": processes,
         "train": trains,
         "searches": {search.name: search.settings() for search in map(Search.from_mapping, recipe.decode["searches"])},
         "selection": dict(recipe.selection),
-        "decode": _plan_decoding(recipe, folder, runs, trains),
+        "decode": decode,
+        "decode_jobs": len(decode),
+        "decode_sentences": None if None in sizes else sum(sizes),
+        "disk": _disk(trains),
         "score": {"metrics": list(recipe.metrics), **recipe.compare},
         "outputs": [str(folder.scores), str(folder.comparison), str(folder.report)],
     }
 
 
-def _plan_training(recipe: Recipe, folder: RunFolder, run: Any) -> dict[str, Any]:
-    from convexlm.verbs.train import build_options
-
+def _plan_arm(
+    recipe: Recipe, folder: RunFolder, run: Any, processes: int, sharding: str, found: dict[str, Data]
+) -> dict[str, Any]:
     arm = recipe.arm(run.arm)
     options = train_options(recipe, folder, run)
-    with _alone():
-        _, _, config = build_options({**options, "use_cpu": True, "bf16": False, "fp16": False})
-    records, how = _count_records(recipe, arm)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
-    epoch = None if records is None or config.packing else steps_of_epoch(config, records)
-    steps = config.max_steps if config.max_steps > 0 else None
-    if steps is None and epoch is not None:
-        steps = math.ceil(config.num_train_epochs * epoch)
-    return {
-        "run": run.name,
-        "seed": run.seed,
-        "start": options.get("model_name_or_path") or "a new model",
-        "dataset": options["dataset"],
-        "template": options.get("template", "alpaca"),
-        "records": records,
-        "records_from": how,
-        "epochs": None if config.max_steps > 0 else config.num_train_epochs,
-        "global_batch": per_step,
-        "batch": f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} accumulated "
-        f"x {world_size()} processes",
-        "steps": steps,
-        "checkpoints": checkpoint_steps(config, steps, epoch),
-        "options": {key: options[key] for key in SHOWN_OPTIONS if options.get(key) is not None},
-        "output_dir": str(folder.train(run)),
-    }
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hide the launcher's variables: training options would else go and look for the other processes."""
-    names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
-    hidden = {name: os.environ.pop(name) for name in names}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _count_records(recipe: Recipe, arm: Any) -> tuple[int | None, str]:
-    from convexlm.instructions import load_records
-
     dataset = arm.dataset or recipe.data["dataset"]
+    if str(dataset) not in found:
+        found[str(dataset)] = _data(recipe, dataset)
+    config, origin = _model_config(recipe, folder)
+    # A checkpoint that this run will have made is as large as what the first arm starts from.
+    ready = {**options, "model_name_or_path": origin} if arm.init_from and origin else options
+    plan = plan_training(
+        ready, processes=processes, sharding=sharding, data=found[str(dataset)], config=config if config else None
+    )
+    return {"run": run.name, "seed": run.seed, **plan, "start": options.get("model_name_or_path") or "a new model"}
+
+
+def _launch(recipe: Recipe) -> tuple[int, str]:
+    """How many processes will train, and how they divide the model."""
+    if world_size() > 1 or not recipe.launch:
+        return world_size(), sharding_here(world_size())
+    from convexlm.launch.settings import config_file
+    from convexlm.options import load_yaml
+
+    settings = recipe.launch.resolved(to_plan=True)
+    name = settings.accelerate_config
+    return settings.processes, sharding_of_file(load_yaml(config_file(name)) if name else {}, settings.processes)
+
+
+def _model_config(recipe: Recipe, folder: RunFolder) -> tuple[Any, str | None]:
+    """The config of a model that the recipe spells out; else None, and the name of the model it starts from."""
+    spelled = recipe.model.get("config")
+    if not spelled:
+        return None, recipe.model.get("model_name_or_path")
+    from transformers import AutoConfig
+
+    values = dict(spelled)
+    try:
+        config = AutoConfig.for_model(str(values.pop("model_type", None)), **values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"model.config: {str(error).split(chr(10))[0]}") from None
+    tokenizer = recipe.model.get("tokenizer")
+    if tokenizer == "tinyworld":
+        config.vocab_size = TINYWORLD_VOCABULARY
+    elif tokenizer and Path(tokenizer).exists():
+        from convexlm.tokenization import load_tokenizer
+
+        config.vocab_size = len(load_tokenizer(tokenizer))
+    return config, None
+
+
+def _data(recipe: Recipe, dataset: Any) -> Data:
     limit = recipe.data.get("max_records")
     if isinstance(dataset, dict):
         directions = len(dataset.get("directions", ["en-de"]))
         size = int(dataset.get("size", 20000)) // directions * directions
-        return (min(size, limit) if limit else size), "generated"
+        return Data(min(size, limit) if limit else size, "generated")
     if Path(dataset).exists():
-        records = load_records(dataset, template=recipe.data.get("template", "alpaca"), max_records=limit)
-        return len(records), "counted; those whose prompt fills max_length will be dropped"
+        return count_records(dataset, recipe.data.get("template", "alpaca"), limit)
     known = recipe.data.get("num_records")
     if known is None:
-        return limit, "the hub was not asked"
-    return (min(known, limit) if limit else known), "as the recipe says (`data.num_records`)"
+        return Data(limit, "the hub was not asked")
+    return Data(min(known, limit) if limit else known, "as the recipe says (`data.num_records`)")
 
 
-def steps_of_epoch(config: ConvexConfig, records: int) -> int:
-    """Optimizer steps of one pass over so many records, as transformers' Trainer counts them."""
-    per_batch = config.per_device_train_batch_size * world_size()
-    batches = records // per_batch if config.dataloader_drop_last else math.ceil(records / per_batch)
-    return max(1, math.ceil(batches / config.gradient_accumulation_steps))
-
-
-def checkpoint_steps(config: ConvexConfig, steps: int | None, epoch: int | None) -> list[int]:
-    """The steps at which training saves and that are kept; empty if they are not known.
-
-    Args:
-        config: the training options.
-        steps: all steps; None if not known.
-        epoch: the steps of an epoch; None if not known.
-    """
-    strategy = getattr(config.save_strategy, "value", config.save_strategy)
-    every = epoch
-    if strategy == "steps" and steps:
-        every = int(config.save_steps) if config.save_steps >= 1 else math.ceil(config.save_steps * steps)
-    if not steps or not every or strategy not in ("steps", "epoch"):
-        return []
-    saved = [*range(every, steps, every), steps]
-    return saved[-config.save_total_limit :] if config.save_total_limit else saved
+def _disk(trains: list[dict[str, Any]]) -> int | None:
+    """Bytes of all kept checkpoints of all runs; None where one is not known."""
+    each = [train["disk"] for train in trains]
+    return None if None in each else sum(disk["kept"] for disk in each)
 
 
 def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -202,16 +201,13 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     run_dir = escape(plan["run_dir"])
     console.print(f"[bold]{plan['recipe']}[/bold] -> {run_dir}  (dry run: nothing is loaded or written)\n")
     for train in plan["train"]:
-        records = "records not counted" if train["records"] is None else f"{train['records']:,} records"
-        steps = "steps not known yet" if train["steps"] is None else f"{train['steps']:,} steps"
-        epochs = f", {train['epochs']:g} epochs" if train["epochs"] else ""
         console.print(f"[bold]train {train['run']}[/bold]  seed {train['seed']}, from {escape(train['start'])}")
-        line(f"  data     {train['dataset']}: {records} ({train['records_from']})")
-        line(f"  prompts  template {train['template']}")
-        line(f"  steps    {steps}{epochs}, global batch {train['global_batch']} = {train['batch']}")
-        line(f"  saves    {_steps(train['checkpoints'])} in {train['output_dir']}")
-        line("  options  " + ", ".join(f"{key}={value}" for key, value in train["options"].items()))
-    console.print("[bold]decode[/bold]")
+        for text in plan_lines(train):
+            line("  " + text)
+    if plan["disk"] is not None:
+        line(f"disk     {gigabytes(plan['disk'])} of checkpoints when all runs are trained")
+    sentences = "" if plan["decode_sentences"] is None else f", {plan['decode_sentences']:,} sentences"
+    console.print(f"[bold]decode[/bold]  {plan['decode_jobs']} jobs{sentences}")
     for name, settings in plan["searches"].items():
         line("  " + name.ljust(8) + " " + ", ".join(f"{key}={value}" for key, value in settings.items()))
     selection = plan["selection"]
@@ -227,10 +223,3 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
     compare = ", ".join(f"{key}={value}" for key, value in plan["score"].items() if key != "metrics")
     line(f"score    {', '.join(plan['score']['metrics'])}; compare: {compare}")
     line(f"outputs  {', '.join(plan['outputs'])}")
-
-
-def _steps(steps: list[int]) -> str:
-    if not steps:
-        return "checkpoints"
-    shown = [str(step) for step in steps]
-    return "checkpoints " + ", ".join(shown if len(shown) <= 14 else [*shown[:6], "...", shown[-1]])

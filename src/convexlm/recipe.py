@@ -15,6 +15,7 @@
                                                # said in red); {on: validation, metric: bleu, search: greedy}
     decode: {searches: [{num_beams: 4}], checkpoints: all, batch_size: 8, instruction: ...}
     score: {metrics: [bleu, chrf]}
+    launch: {accelerate_config: fsdp2, num_processes: 8}
     compare: {baseline: mle, n_samples: 1000, seed: 12345, reference_nll: true}
 
 `extends: OTHER.yaml` starts from another recipe (a path beside this one) and changes what is written here.
@@ -22,7 +23,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.options import did_you_mean, load_yaml, parse_yaml
+from convexlm.launch.settings import LaunchSettings, launch_settings
+from convexlm.options import did_you_mean
 from convexlm.plugins import load_plugins
+from convexlm.recipe_text import override, substitute, variables, with_parents
 from convexlm.selection import check_selection
 from convexlm.templates import get_template, split_pair
 
@@ -40,9 +43,11 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
+STREAM_OPTIONS = {"streaming", "shuffle_buffer", "dataset_cache_dir"}
+DATA_OPTIONS = {"template", "add_bos", "max_records", "eval_dataset"} | STREAM_OPTIONS
 SECTIONS: dict[str, set[str]] = {
     "model": {"config", "tokenizer"},  # and the options of TRL's ModelConfig
-    "data": {"dataset", "template", "add_bos", "max_records", "eval_dataset", "num_records"},
+    "data": DATA_OPTIONS | {"dataset", "num_records"},
     "decode": {
         *("searches", "checkpoints", "batch_size", "backend", "dtype", "device"),
         *("instruction", "instruction_file", "compute_type", "num_processes"),
@@ -52,7 +57,7 @@ SECTIONS: dict[str, set[str]] = {
 }
 SETS = ("test_sets", "validation_sets")
 TOP_LEVEL = {
-    *("name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", "selection"),
+    *("name", "description", "extends", "plugins", "vars", "seeds", "train", "arms", "selection", "launch"),
     *SETS,
     *SECTIONS,
 }
@@ -87,6 +92,7 @@ class Recipe:
     source: Path = field(default_factory=Path)
     validation_sets: tuple[dict[str, Any], ...] = ()
     selection: dict[str, Any] = field(default_factory=lambda: {"on": "last"})
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
@@ -109,10 +115,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such file, not YAML, an unknown or missing key, or a value that cannot be meant.
     """
     path = Path(path)
-    raw = _with_parents(path, ())
+    raw = with_parents(path, ())
     for word in overrides:
-        _override(raw, word)
-    raw = _substitute(raw, _variables(raw, path), str(path))
+        override(raw, word)
+    raw = substitute(raw, variables(raw, path), str(path))
     return check_recipe(raw, path)
 
 
@@ -158,6 +164,7 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         compare=raw["compare"],
         source=path,
         validation_sets=validation_sets,
+        launch=_check_launch(raw.get("launch"), wrong),
     )
     recipe.selection.update(check_selection(raw.get("selection"), recipe, wrong))
     if "selection" in raw:  # not set by default, so that a run folder of before is still this recipe's
@@ -203,6 +210,20 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
         _check_objective(options, name, wrong)
         made.append(Arm(name, options, start, bool(entry.get("decode", True)), entry.get("dataset")))
     return tuple(made)
+
+
+def _check_launch(launch: Any, wrong: Any) -> LaunchSettings:
+    launch = {} if launch is None else launch
+    if not isinstance(launch, dict):
+        raise wrong("`launch` must be a mapping such as {accelerate_config: fsdp2, num_processes: 8}")
+    known = {f.name for f in dataclasses.fields(LaunchSettings)} - {"machine_rank"}
+    _only_known(launch, known, wrong, "key in `launch`")
+    for key in ("accelerate_config", "main_process_ip"):
+        if not isinstance(launch.get(key), (str, type(None))):
+            raise wrong(f"`launch.{key}` must be a text, not {launch[key]!r}")
+    settings = launch_settings(launch)
+    _in_recipe("launch", lambda: settings.resolved(to_plan=True), wrong)
+    return settings
 
 
 def _check_objective(options: dict[str, Any], arm: str, wrong: Any) -> None:
@@ -304,67 +325,7 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     return decode
 
 
-def _with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` goes in a circle")
-    raw = load_yaml(path)
-    if parent := raw.pop("extends", None):
-        raw.setdefault("name", path.stem)
-        return _merge(_with_parents(path.parent / str(parent), (*seen, path.resolve())), raw)
-    return raw
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings are merged key by key, but `arms` are replaced as a whole."""
-    out = copy.deepcopy(base)
-    for key, value in over.items():
-        both = isinstance(out.get(key), dict) and isinstance(value, dict) and key != "arms"
-        out[key] = _merge(out[key], value) if both else copy.deepcopy(value)
-    return out
-
-
-def _override(raw: dict[str, Any], word: str) -> None:
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {word}: expected dotted.key=value, such as train.max_steps=10")
-    *path, last = key.split(".")
-    place = raw
-    for part in path:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise UserError(f"--set {word}: `{part}` is no mapping in this recipe")
-    place[last] = parse_yaml(text, f"--set {word}")
-
-
-def _variables(raw: dict[str, Any], path: Path) -> dict[str, str]:
-    values = raw.get("vars") or {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: `vars` must be a mapping")
-    return {str(key): str(value) for key, value in values.items()}
-
-
-def _substitute(value: Any, variables: Mapping[str, str], where: str) -> Any:
-    """Replace `${name}` in every string by the variable's value."""
-    if isinstance(value, dict):
-        return {key: _substitute(entry, variables, where) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_substitute(entry, variables, where) for entry in value]
-    if not isinstance(value, str):
-        return value
-
-    def look_up(match: re.Match[str]) -> str:
-        if match[1] not in variables:
-            raise UserError(
-                f"{where}: `${{{match[1]}}}` is not in `vars` ({', '.join(variables) or 'which is empty'})"
-            )
-        return variables[match[1]]
-
-    return re.sub(r"\$\{(\w+)\}", look_up, value)
-
-
 def _train_options() -> set[str]:
-    import dataclasses
-
     from convexlm.config import ConvexConfig
 
     # The run folder and the seeds are the pipeline's to set.
@@ -373,8 +334,6 @@ def _train_options() -> set[str]:
 
 
 def _model_options() -> set[str]:
-    import dataclasses
-
     from trl import ModelConfig
 
     return {f.name for f in dataclasses.fields(ModelConfig) if f.init}

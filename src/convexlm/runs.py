@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DONE_FILE = "done.json"  # of a training run
 VERSIONED = ("convexlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "sacrebleu")
 # What may change between two calls of one run without changing a result.
-NOT_IDENTITY = ("description", "vars", "versions")
+NOT_IDENTITY = ("description", "vars", "versions", "launch")
 
 
 @dataclass(frozen=True)

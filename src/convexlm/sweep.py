@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, read_text, text_sha256, write_atomic
+from convexlm.live_scores import LiveScores
 from convexlm.progress import note
 from convexlm.runs import DONE_FILE
 
@@ -188,40 +189,47 @@ def _decode(
     options: Sequence[dict[str, Any]],
     title: str,
 ) -> None:
-    from convexlm.decoding import DecodeJob, Search, decode_jobs
+    from convexlm.decoding import CheckpointJobs, DecodeJob, Search, decode_sweep
     from convexlm.decoding.progress import progress_lines
     from convexlm.tokenization import PromptSettings
 
     searches = [Search.from_mapping(one) for one in options]
-    for number, (run, checkpoint) in enumerate(todo, start=1):
-        settings = PromptSettings.load(checkpoint)
+    entries = []
+    for run, checkpoint in todo:
+        settings, instruction = PromptSettings.load(checkpoint), read_instruction(recipe)
         jobs = [
             DecodeJob(
                 test_set=test_set,
                 search=search,
                 output_file=folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search.name),
                 settings=settings,
-                instruction=read_instruction(recipe),
+                instruction=instruction,
             )
             for test_set in sets
             for search in searches
         ]
-        line = f"{title} {run.name} {checkpoint.name} ({number} of {len(todo)})"
-        with progress_lines(line) as progress:
-            results = decode_jobs(
-                checkpoint,
-                jobs,
-                backend=recipe.decode.get("backend", "hf"),
-                device=recipe.decode.get("device"),
-                dtype=recipe.decode.get("dtype"),
-                batch_size=recipe.decode.get("batch_size"),
-                compute_type=recipe.decode.get("compute_type"),
-                num_processes=recipe.decode.get("num_processes") or 1,
-                note=note,
-                progress=progress,
-            )
-        note(f"{line}: {_decoded(results)}")
-        gc.collect()
+        entries.append(CheckpointJobs(checkpoint, jobs, f"{run.name} {checkpoint.name}"))
+
+    scores = LiveScores(sets, recipe.metrics[0])
+    with progress_lines(title) as progress:
+
+        def finished(number: int, results: list[Any]) -> None:
+            said = ", ".join(filter(None, (_decoded(results), scores.said(results))))
+            progress.say(f"{title} {entries[number].name} ({number + 1} of {len(entries)}): {said}")
+
+        decode_sweep(
+            entries,
+            backend=recipe.decode.get("backend", "hf"),
+            device=recipe.decode.get("device"),
+            dtype=recipe.decode.get("dtype"),
+            batch_size=recipe.decode.get("batch_size"),
+            compute_type=recipe.decode.get("compute_type"),
+            num_processes=recipe.decode.get("num_processes") or 1,
+            note=progress.say,
+            progress=progress,
+            finished=finished,
+        )
+    gc.collect()
 
 
 def _decoded(results: list[Any]) -> str:

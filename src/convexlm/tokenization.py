@@ -32,12 +32,15 @@ __all__ = [
     "PromptSettings",
     "TokenizedRecords",
     "build_dataset",
+    "check_max_length",
     "decode_text",
     "encode_continuations",
     "encode_prompt",
     "encode_prompts",
     "encode_record",
     "load_tokenizer",
+    "nothing_left",
+    "tokenize_batch",
     "tokenize_records",
 ]
 
@@ -211,33 +214,62 @@ def tokenize_records(
     Raises:
         UserError: no records, none left, no EOS token, `max_length` below 1, or as `encode_prompt`.
     """
-    if max_length is not None and max_length < 1:
-        raise UserError(f"max_length must be at least 1, found {max_length}")
+    check_max_length(max_length)
     if not records:
         raise UserError("there are no records to tokenize")
-    eos = _eos(tokenizer)
     settings = settings.resolve(tokenizer)
     done = TokenizedRecords()
     for start in range(0, len(records), _BATCH):
-        batch = records[start : start + _BATCH]
-        prompts = encode_prompts(tokenizer, [_prompt_of(record) for record in batch], settings)
-        answers = encode_continuations(tokenizer, [record.completion for record in batch])
-        for number, record in enumerate(batch):
-            prompt, ids = prompts[number], [*prompts[number], *answers[number], eos]
-            name = record.id or f"#{start + number + 1}"
-            if not prompt:
-                raise UserError(f"record {name}: the prompt is empty and there is no BOS to start from; set add_bos")
-            if max_length is not None and len(prompt) >= max_length:
-                done.dropped.append(name)
-                continue
-            done.truncated += max_length is not None and len(ids) > max_length
-            ids = ids[:max_length]
-            labels = [-100] * len(prompt) + ids[len(prompt) :]
-            done.rows.append({"input_ids": ids, "labels": labels, "weight": record.weight, "record_id": name})
+        part = tokenize_batch(records[start : start + _BATCH], tokenizer, settings, max_length, start)
+        done.rows += part.rows
+        done.dropped += part.dropped
+        done.truncated += part.truncated
     if not done.rows:
-        named = ", ".join(done.dropped[:3]) + (", ..." if len(done.dropped) > 3 else "")
-        raise UserError(f"max_length {max_length} is filled by the prompt in all {len(records)} records ({named})")
+        raise nothing_left(done.dropped, len(records), max_length)
     return done
+
+
+def tokenize_batch(
+    records: Sequence[Record], tokenizer: Any, settings: PromptSettings, max_length: int | None, start: int = 0
+) -> TokenizedRecords:
+    """`tokenize_records` for some of them, of which the first is number `start` (from 0); all may be dropped.
+
+    Raises:
+        UserError: no EOS token, an empty prompt without BOS, or as `encode_prompt`.
+    """
+    eos = _eos(tokenizer)
+    prompts = encode_prompts(tokenizer, [_prompt_of(record) for record in records], settings)
+    answers = encode_continuations(tokenizer, [record.completion for record in records])
+    done = TokenizedRecords()
+    for number, record in enumerate(records):
+        prompt, ids = prompts[number], [*prompts[number], *answers[number], eos]
+        name = record.id or f"#{start + number + 1}"
+        if not prompt:
+            raise UserError(f"record {name}: the prompt is empty and there is no BOS to start from; set add_bos")
+        if max_length is not None and len(prompt) >= max_length:
+            done.dropped.append(name)
+            continue
+        done.truncated += max_length is not None and len(ids) > max_length
+        ids = ids[:max_length]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        done.rows.append({"input_ids": ids, "labels": labels, "weight": record.weight, "record_id": name})
+    return done
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Refuse a limit that no row could keep.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if max_length is not None and max_length < 1:
+        raise UserError(f"max_length must be at least 1, found {max_length}")
+
+
+def nothing_left(dropped: Sequence[str], count: int, max_length: int | None) -> UserError:
+    """What to raise where all `count` records were dropped; `dropped` names the first of them."""
+    named = ", ".join(dropped[:3]) + (", ..." if count > 3 else "")
+    return UserError(f"max_length {max_length} is filled by the prompt in all {count} records ({named})")
 
 
 def build_dataset(tokenized: TokenizedRecords) -> Any:

@@ -15,11 +15,14 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint, has_length
 from trl import SFTTrainer, pack_dataset
 
-from convexlm.collator import ROW, WEIGHT, ConvexCollator, check_weight
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
+from convexlm.durable import DurableCheckpoints
 from convexlm.fused_forward import HeadCall, add_fused_objective
+from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
 from convexlm.refusals import refuse_what_cannot_be_honoured
 
@@ -31,14 +34,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ConvexTrainer(SFTTrainer):
+class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, SFTTrainer):
     """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes.
 
     A dataset may have a column `weight` (a finite number of at least 0 a record, 1 if absent): it multiplies the
-    record's part in loss, gradient and normaliser.
+    record's part in loss, gradient and normaliser. A column `record_id` names records in reports.
 
     Raises:
         ValueError: a combination of options whose result would not be what the objective promises.
+        Stopped: from `train`, at a step whose loss or gradient is not finite (see `convexlm.nonfinite`).
     """
 
     _tag_names = ["trl", "sft", "convexlm"]
@@ -53,6 +57,7 @@ class ConvexTrainer(SFTTrainer):
         refuse_what_cannot_be_honoured(args, self.objective, kwargs)
         self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
         self._seen: Tensor | None = None
+        self._resumed_from: str | None = None
         # TRL refuses `max_length` with `padding_free`, for it does not enforce it; `_prepare_dataset` below does.
         limit, prepares = args.max_length, not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
         self._lifted_max_length = limit if args.padding_free and not args.packing and prepares else None
@@ -84,7 +89,10 @@ class ConvexTrainer(SFTTrainer):
             self.add_callback(_SilentProgress)
         # The loss comes normalised by the global batch, so the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
-        if isinstance(self.train_dataset, IterableDataset) and self.accelerator.num_processes > 1:
+        self._init_guard()
+        self._init_durable()
+        endless = getattr(kwargs.get("train_dataset"), "endless", False)
+        if isinstance(self.train_dataset, IterableDataset) and not endless and self.accelerator.num_processes > 1:
             logger.warning(
                 "The training data are a stream, whose length is unknown: where it ends within a batch, that batch is "
                 "filled up over the %d processes with records from its beginning, which then count twice.",
@@ -108,8 +116,9 @@ class ConvexTrainer(SFTTrainer):
                 except ValueError as error:
                     raise ValueError(f"{dataset_name} dataset, record {number}: {error}") from None
         before = len(dataset) if isinstance(dataset, Dataset) else None
-        if packing and has_weights:
-            dataset = self._prepare_packed(dataset, processing_class, args, formatting_func, dataset_name)
+        named = isinstance(dataset, Dataset) and RECORD in _columns(dataset) and dataset_name == "train"
+        if packing and (has_weights or named):
+            dataset = self._prepare_packed(dataset, processing_class, args, formatting_func, dataset_name, named)
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if before is not None and not packing and len(dataset) < before:
@@ -119,21 +128,35 @@ class ConvexTrainer(SFTTrainer):
             )
         return dataset
 
-    def _prepare_packed(self, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str) -> Any:
-        # TRL's own packing keeps only token columns, so the weight becomes one: a number for every token.
+    def _prepare_packed(
+        self, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str, named: bool
+    ) -> Any:
+        # TRL's own packing keeps only token columns, so the weight becomes one: a number for every token. Of the
+        # records' names it takes the numbers.
         if args.max_length is None:
             raise ValueError("`packing` needs a `max_length`: the length of a packed row")
         unpacked_args = copy.copy(args)
         unpacked_args.max_length = None  # packing itself cuts or splits what is too long
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked_args, False, formatting_func, name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        has_weights = "weight" in _columns(dataset)
+        spread = {"_weight": "weight"} if has_weights else {}
+        if named:
+            self._record_names = dataset[RECORD]
+            spread["_record"] = RECORD
 
-        def spread(example: dict[str, Any]) -> dict[str, list[float]]:
-            weight = example["weight"]
-            return {"weight": [1.0 if weight is None else float(weight)] * len(example["input_ids"])}
+        def spell_out(example: dict[str, Any], number: int) -> dict[str, list[Any]]:
+            length = len(example["input_ids"])
+            made: dict[str, list[Any]] = {}
+            if has_weights:
+                weight = example["weight"]
+                made["_weight"] = [1.0 if weight is None else float(weight)] * length
+            if named:
+                made["_record"] = [number] * length
+            return made
 
-        dataset = dataset.map(lambda example: {"_weight": spread(example)["weight"]}, **map_kwargs)
-        dataset = dataset.select_columns(["input_ids", "labels", "_weight"]).rename_column("_weight", "weight")
+        dataset = dataset.map(spell_out, with_indices=True, **map_kwargs)
+        dataset = dataset.select_columns(["input_ids", "labels", *spread]).rename_columns(spread)
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
@@ -141,6 +164,12 @@ class ConvexTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if "weight" not in self._signature_columns:
             self._signature_columns.append("weight")
+        # A collator of the user's own would try to make a tensor of them; and where a stream is dealt out by one
+        # process, only tensors travel.
+        deals = isinstance(self.train_dataset, IterableDataset) and self.accelerator.dispatch_batches is not False
+        own = isinstance(self.data_collator, ConvexCollator) and not (deals and self.accelerator.num_processes > 1)
+        if own and RECORD not in self._signature_columns:
+            self._signature_columns.append(RECORD)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -149,11 +178,13 @@ class ConvexTrainer(SFTTrainer):
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, and their normaliser over all ranks in place of a token count."""
         batches: list[Any] = []
+        self._begin_step()
         for _ in range(num_batches):
             try:
-                batch = next(epoch_iterator)
+                batch, records = take_records(next(epoch_iterator))
             except StopIteration:
                 break
+            self._records.append(records)
             batch, seen = self._without_repeats(batch)
             self._seen = seen if self._seen is None else self._seen + seen
             batches.append(batch)
@@ -165,6 +196,7 @@ class ConvexTrainer(SFTTrainer):
             # Only a stream ends unforeseen. The Trainer steps at the last micro-batch it expects, so without these
             # (which count nothing) the gradient would be left over for the next epoch's first step.
             batches.append({**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)})
+            self._records.append([])
         return batches, self.accelerator.gather(count.reshape(1)).sum()
 
     def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -174,16 +206,27 @@ class ConvexTrainer(SFTTrainer):
         state = self.accelerator.gradient_state
         # The sampler of `batch_rebalance` deals records to the processes itself and repeats none.
         deals = self.model.training and self.args.train_sampling_strategy == "batch_rebalance"
-        if self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0 and not deals:
+        real = self._real_in_last_batch() if self.accelerator.num_processes > 1 and state.end_of_dataloader else 0
+        if real > 0 and not deals:
             rows = batch.get(ROW)
             if rows is None:
                 rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
-            # Positions in the last batch of all processes together, of which the first `remainder` are real.
+            # Positions in the last batch of all processes together.
             first = self.accelerator.process_index * (rows.max() + 1)
-            repeated = first + rows >= state.remainder
+            repeated = first + rows >= real
             batch = {**batch, "labels": labels.masked_fill(repeated, IGNORE_INDEX)}
             seen = seen.masked_fill(repeated, 0)
         return batch, seen.sum()
+
+    def _real_in_last_batch(self) -> int:
+        """How many records of the last batch of all processes are no repetitions; not above 0: all, or unknown."""
+        remainder = self.accelerator.gradient_state.remainder
+        known = remainder >= 0 or not self.model.training or self.args.dataloader_drop_last
+        if known or not has_length(self.train_dataset):
+            return remainder
+        # accelerate does not know it in an epoch that is gone on with after a resume.
+        split = self.accelerator.split_batches
+        return len(self.train_dataset) % (self._train_batch_size * (1 if split else self.accelerator.num_processes))
 
     def compute_loss(
         self,
@@ -202,6 +245,7 @@ class ConvexTrainer(SFTTrainer):
         """
         mode = "train" if self.model.training else "eval"
         inputs = dict(inputs if mode == "train" else self._without_repeats(inputs)[0])
+        inputs.pop(RECORD, None)
         token_weights = inputs.pop(WEIGHT, None)
         inputs.pop(ROW, None)
         inputs["use_cache"] = False
@@ -217,6 +261,8 @@ class ConvexTrainer(SFTTrainer):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+        if mode == "train":
+            loss = self._watch_loss(loss)
         kept = self._statistics[mode]
         self._statistics[mode] = outputs.statistics if kept is None else merge_statistics(kept, outputs.statistics)
         if not return_outputs:
@@ -285,6 +331,8 @@ class ConvexTrainer(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer; statistics of an earlier run are forgotten."""
         self._statistics["train"] = self._seen = None
+        resume = args[0] if args else kwargs.get("resume_from_checkpoint")
+        self._resumed_from = get_last_checkpoint(self.args.output_dir) if resume is True else resume or None
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -294,6 +342,8 @@ class ConvexTrainer(SFTTrainer):
             # The Trainer's own figure is the mean over steps of each step's loss: the two agree at logging_steps=1.
             statistics.pop("loss", None)
             logs.update(statistics)
+            self._guard_logs(logs)
+            self._watch_collapse(logs)
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
+import os
+import pickle
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.errors import UserError
-from convexlm.files import write_atomic
+from convexlm.checkpoints import (
+    all_checkpoints,
+    best_checkpoint,
+    complete_checkpoints,
+    drop_interruptions,
+    is_interruption,
+    rotate,
+    step_of,
+)
+from convexlm.errors import Stopped, UserError
+from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.progress import TrainProgress, note
+from convexlm.resuming import agreed_start, refuse_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,10 +29,6 @@ if TYPE_CHECKING:
 
     from convexlm.config import ConvexConfig
     from convexlm.tokenization import PromptSettings
-
-logger = logging.getLogger(__name__)
-
-COMPLETE_FILE = "convexlm.json"
 
 
 @dataclass
@@ -37,6 +43,23 @@ class DataOptions:
         metadata={"help": "Begin with the BOS token; if unset, where the tokenizer has one that is not its EOS."},
     )
     max_records: int | None = field(default=None, metadata={"help": "Use the first N records only."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the training data while training, for data larger than memory: JSON Lines, a "
+            "folder of shards, or a hub name. Needs --max_steps."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "With --streaming: hold so many records and draw from them at random; 0: in the data's order."
+        },
+    )
+    dataset_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where tokenized data are kept; by default in the cache folder of the datasets library."},
+    )
     plugins: list[str] | None = field(
         default=None, metadata={"help": "Modules or .py files to import first, which register objectives or formats."}
     )
@@ -56,6 +79,7 @@ def train_model(
     *,
     resume: bool = False,
     title: str = "train",
+    opening: str | None = None,
 ) -> dict[str, Any]:
     """Train, leaving `checkpoint-STEP` folders and `metrics.jsonl` in `args.output_dir`.
 
@@ -65,33 +89,33 @@ def train_model(
         args: objective and training options.
         resume: go on from the last complete checkpoint, if there is one.
         title: what the progress calls this run.
+        opening: what to say when data and model are ready, before the first step.
 
     Returns:
-        `output_dir`, `checkpoints`, `last_checkpoint`, `steps`, `records`, `dropped`, `truncated`, `seconds`.
+        `output_dir`, `checkpoints`, `last_checkpoint`, `steps`, `records`, `dropped`, `truncated`, `seconds`. Under
+        streaming, `records` counts the rows that the steps took, and `dropped` and `truncated` are None.
 
     Raises:
         UserError: data, model or options cannot be used, or the output folder holds checkpoints and `resume` is off.
+        Stopped: SIGTERM or SIGINT came, and a checkpoint was saved; or a step's loss or gradient was not finite.
     """
-    from convexlm.instructions import load_records
-    from convexlm.tokenization import PromptSettings, build_dataset, load_tokenizer, tokenize_records
+    from convexlm.tokenization import PromptSettings, load_tokenizer
     from convexlm.trainer import ConvexTrainer
 
     begun = time.monotonic()
     _quiet_libraries()
     output_dir = Path(str(args.output_dir))
-    last = _where_to_start(output_dir, resume)
+    _check_streaming(data, args)
+    refuse_checkpoints(output_dir, resume)
     tokenizer_source = data.tokenizer_name or model_options.model_name_or_path or data.config_name
     tokenizer = load_tokenizer(str(tokenizer_source), trust_remote_code=args.trust_remote_code)
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
-
-    def prepare(name: str) -> tuple[Any, Any]:
-        records = load_records(name, template=data.template, max_records=data.max_records)
-        tokenized = tokenize_records(records, tokenizer, settings, args.max_length)
-        _say_what_was_lost(name, tokenized, args.max_length)
-        return build_dataset(tokenized), tokenized
-
-    train_dataset, tokenized = prepare(data.dataset)
-    eval_dataset = prepare(data.eval_dataset)[0] if data.eval_dataset else None
+    _check_model(model_options, data)  # before the data, which may take long
+    train_dataset, counts = _training_rows(data, args, tokenizer, settings)
+    eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings).dataset if data.eval_dataset else None
+    if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
+        # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     model, init_options = _model(model_options, data, args, tokenizer)
     args.model_init_kwargs = init_options
     if args.device.type == "cpu":
@@ -107,56 +131,137 @@ def train_model(
             quantization_config=_quantization(model_options),
         )
     )
-    _add_callbacks(trainer, settings, title)
+    progress = _add_callbacks(trainer, title)
+    trainer.checkpoint_marker = {"prompt": asdict(settings), "objective": trainer.objective.to_dict()}
+    trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
+    max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    last = agreed_start(args, output_dir, max_steps)
     if last is not None:
-        note(f"  {title}: going on from {last.name}")
+        _say(f"  {title}: going on from {last.name}")
+        args.eval_on_start = False  # it was done
+        if args.process_index == 0:
+            # A run may have been stopped between a checkpoint and the deletion of an older one.
+            rotate(output_dir, args.save_total_limit, best_checkpoint(last))
+    if opening:
+        _say(f"  {title}: {opening}")
     # Resumed at its very end, transformers' loop would train one step more before it looks.
-    steps = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
-    if steps < trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    steps = step_of(last) if last is not None else 0
+    if steps < max_steps:
+        try:
+            _run(trainer, last)
+        finally:
+            progress.close()
         steps = trainer.state.global_step
-    checkpoints = complete_checkpoints(output_dir)
+        if trainer.is_world_process_zero():
+            drop_interruptions(all_checkpoints(output_dir))
+    checkpoints = [path for path in complete_checkpoints(output_dir) if not is_interruption(path)]
+    if counts["records"] is None:
+        counts["records"] = steps * trainer.get_total_train_batch_size(args)
     return {
         "output_dir": str(output_dir),
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
         "steps": steps,
-        "records": len(tokenized.rows),
-        "dropped": list(tokenized.dropped),
-        "truncated": tokenized.truncated,
+        **counts,
         "seconds": round(time.monotonic() - begun, 2),
     }
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a folder that were written to the end, by step."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    found.sort(key=lambda path: int(path.name.split("-")[-1]))
-    return [path for path in found if (path / COMPLETE_FILE).is_file()]
+def _run(trainer: Any, last: Path | None) -> None:
+    """The Trainer's loop, under a watch for signals."""
+    with SignalWatch() as watch:
+        trainer.signal_watch = watch
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{last}: its state is not what torch loads safely ({_first_line(error)})") from None
+        finally:
+            trainer.signal_watch = None
+    if watch.number is not None:  # it came in the last step
+        raise Stopped(
+            f"stopped by {signal_name(watch.number)}; training is complete, and {trainer.how_to_go_on}",
+            exit_code=128 + watch.number,
+        )
 
 
-def _where_to_start(output_dir: Path, resume: bool) -> Path | None:
-    if output_dir.is_file():
-        raise UserError(f"--output_dir {output_dir}: is a file, not a folder")
-    everything = list(output_dir.glob("checkpoint-*"))
-    complete = complete_checkpoints(output_dir)
-    if everything and not resume:
-        raise UserError(f"{output_dir} holds checkpoints already; give --resume to go on, or another --output_dir")
-    for path in set(everything) - set(complete):
-        note(f"  {path}: not written to the end (the run was stopped while saving); removed")
-        shutil.rmtree(path, ignore_errors=True)
-    return complete[-1] if complete else None
+# -- data
 
 
-def _model(
-    options: ModelConfig, data: DataOptions, args: ConvexConfig, tokenizer: Any
-) -> tuple[PreTrainedModel | str, dict[str, Any] | None]:
-    """A new model from a config, or the path and loading options that TRL takes."""
-    if data.config_name:
-        if options.model_name_or_path:
-            raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
-        return _new_model(data.config_name, tokenizer, args.seed, options), None
+def _training_rows(
+    data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings
+) -> tuple[Any, dict[str, Any]]:
+    """The dataset to train on, and what there is to say of it."""
+    if data.streaming:
+        from convexlm.streaming import RecordStream
+
+        stream = RecordStream(
+            data.dataset,
+            data.template,
+            tokenizer,
+            settings,
+            args.max_length,
+            shuffle_buffer=data.shuffle_buffer,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            max_records=data.max_records,
+        )
+        # Every process reads the stream and takes its rows: what one process would deal out has to be of one length.
+        args.accelerator_config.dispatch_batches = False
+        next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
+        return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}
+    found = _prepared(data.dataset, data, args, tokenizer, settings)
+    return found.dataset, {
+        "records": len(found.dataset),
+        "dropped": found.dropped,
+        "truncated": found.truncated,
+    }
+
+
+def _prepared(name: str, data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings) -> Any:
+    from convexlm.training_data import prepare_data
+
+    found = prepare_data(
+        name,
+        data.template,
+        tokenizer,
+        settings,
+        args.max_length,
+        max_records=data.max_records,
+        num_proc=args.dataset_num_proc,
+        cache_dir=data.dataset_cache_dir,
+    )
+    if found.from_cache:
+        _say(f"  {name}: tokenised data from cache ({len(found.dataset)} rows)")
+    _say_what_was_lost(name, found, args.max_length)
+    return found
+
+
+def _check_streaming(data: DataOptions, args: ConvexConfig) -> None:
+    if data.shuffle_buffer < 0:
+        raise UserError(f"--shuffle_buffer must not be negative, it is {data.shuffle_buffer}")
+    if not data.streaming:
+        if data.shuffle_buffer:
+            raise UserError("--shuffle_buffer is for --streaming; without it all records are shuffled")
+        return
+    if args.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy}: a stream has no lengths to sort by"
+        )
+    if args.dataset_num_proc and args.dataset_num_proc > 1:
+        raise UserError("--dataset_num_proc tokenizes ahead of training; --streaming tokenizes while it goes on")
+
+
+# -- the model
+
+
+def _check_model(options: ModelConfig, data: DataOptions) -> None:
+    """See that there is one model to train, and that a local one has weights that are read."""
     name = options.model_name_or_path
+    if data.config_name:
+        if name:
+            raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
+        return
     if not name:
         raise UserError("--model_name_or_path is missing (or --config_name for a new model)")
     path = Path(name)
@@ -165,16 +270,24 @@ def _model(
             raise UserError(f"--model_name_or_path {name}: no model there (config.json is missing)")
         if not list(path.glob("*.safetensors")):
             raise UserError(f"--model_name_or_path {name}: no weights in safetensors format there")
+
+
+def _model(
+    options: ModelConfig, data: DataOptions, args: ConvexConfig, tokenizer: Any
+) -> tuple[PreTrainedModel | str, dict[str, Any] | None]:
+    """A new model from a config, or the path and loading options that TRL takes."""
+    if data.config_name:
+        return _new_model(data.config_name, tokenizer, args, options), None
     loading: dict[str, Any] = {"use_safetensors": True, **(args.model_init_kwargs or {})}
     loading.setdefault("dtype", options.dtype or "float32")
     if options.attn_implementation:
         loading.setdefault("attn_implementation", options.attn_implementation)
     if options.model_revision != "main":
         loading.setdefault("revision", options.model_revision)
-    return name, loading
+    return str(options.model_name_or_path), loading
 
 
-def _new_model(config_name: str, tokenizer: Any, seed: int, options: ModelConfig) -> PreTrainedModel:
+def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: ModelConfig) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     special = {
@@ -183,13 +296,15 @@ def _new_model(config_name: str, tokenizer: Any, seed: int, options: ModelConfig
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    try:
-        config = AutoConfig.from_pretrained(config_name, **special)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--config_name {config_name}: {_first_line(error)}") from None
-    set_seed(seed)
+    # Said in so many words, for else transformers would ask on the terminal.
+    code = {"trust_remote_code": bool(args.trust_remote_code)}
     extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    return AutoModelForCausalLM.from_config(config, **extra)
+    try:
+        config = AutoConfig.from_pretrained(config_name, **special, **code)
+        set_seed(args.seed)
+        return AutoModelForCausalLM.from_config(config, **extra, **code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--config_name {config_name}: {_first_line(error)}") from None
 
 
 def _peft(options: ModelConfig) -> Any:
@@ -222,42 +337,33 @@ def _first_line(error: Exception) -> str:
     return text.split("\n")[0] if text else type(error).__name__
 
 
-def _add_callbacks(trainer: Any, settings: PromptSettings, title: str) -> None:
-    from transformers import ProgressCallback, TrainerCallback
+def _add_callbacks(trainer: Any, title: str) -> TrainProgress:
+    from transformers import ProgressCallback
 
     from convexlm.metrics_file import MetricsFile
-
-    class MarkComplete(TrainerCallback):
-        """Writes the file that says how the checkpoint's prompts look, last of all: with it a checkpoint is whole."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", settings, trainer.objective)
 
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, ProgressCallback):
             trainer.remove_callback(type(callback))
-    trainer.add_callback(MarkComplete())
+    progress = TrainProgress(title)
     trainer.add_callback(MetricsFile())
-    trainer.add_callback(TrainProgress(title))
+    trainer.add_callback(progress)
+    return progress
 
 
-def mark_complete(checkpoint: Path, settings: PromptSettings, objective: Any) -> None:
-    """Write a checkpoint's `convexlm.json`: its prompt settings and objective."""
-    import json
-    from dataclasses import asdict
-
-    content = {"prompt": asdict(settings), "objective": objective.to_dict()}
-    write_atomic(checkpoint / COMPLETE_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
+def _say(text: str) -> None:
+    """A line for people, from one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        note(text)
 
 
 def _say_what_was_lost(name: str, tokenized: Any, max_length: int | None) -> None:
     if tokenized.dropped:
         shown = ", ".join(tokenized.dropped[:5]) + (", ..." if len(tokenized.dropped) > 5 else "")
         count = len(tokenized.dropped)
-        note(f"  {name}: {count} records dropped, for their prompts alone fill max_length={max_length}: {shown}")
+        _say(f"  {name}: {count} records dropped, for their prompts alone fill max_length={max_length}: {shown}")
     if tokenized.truncated:
-        note(f"  {name}: {tokenized.truncated} records cut to max_length={max_length}")
+        _say(f"  {name}: {tokenized.truncated} records cut to max_length={max_length}")
 
 
 def _quiet_libraries() -> None:

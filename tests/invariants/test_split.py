@@ -7,8 +7,21 @@ import shutil
 
 import pytest
 import torch
-from training_runs import ARMS, BATCHES_OF_8, EVALUATION, ON_TWO, WHOLE_DATA, WHOLE_ON_TWO, split
+from training_runs import (
+    ARMS,
+    BATCHES_OF_8,
+    BOTH_WEIGHTINGS,
+    ENGINES,
+    EVALUATION,
+    ON_TWO,
+    WHOLE_DATA,
+    WHOLE_ON_TWO,
+    halfway,
+    split,
+)
 
+from convexlm.errors import UserError
+from convexlm.launch.engine import refuse_another_engine
 from convexlm.metrics_file import FILE_NAME, read_metrics
 from training_helpers import STATISTICS, Run, relative, train
 
@@ -74,6 +87,64 @@ def test_two_processes_without_padding(runs, arm):
     wanted = runs.get(arm, "even", "24", WHOLE_DATA["24"])
     for name in WHOLE_ON_TWO:
         assert_same_run(runs.get_on_two(arm, "even", name), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("arm", BOTH_WEIGHTINGS)
+def test_two_processes_padded_and_packed(runs, arm, engine):
+    wanted = runs.get(arm, "even", "8", BATCHES_OF_8["8"])
+    assert_same_run(runs.get_on_two(arm, "even", "2x2x2", engine), wanted)
+    wanted = runs.get(arm, "even", "24", WHOLE_DATA["24"])
+    got = runs.get_on_two(arm, "even", "2x1x32_bfd", engine)
+    assert_same_run(got, wanted)
+    assert (got.checkpoint / "pytorch_model_fsdp.bin").exists() == (engine == "fsdp2")
+
+
+@pytest.mark.slow
+def test_lora_under_fsdp2(runs):
+    wanted = runs.get("lora", "even", "8", BATCHES_OF_8["8"])
+    assert_same_run(runs.get_on_two("lora", "even", "2x2x2", "fsdp2"), wanted)
+
+
+# Adam divides by the root of gradients that are near zero at first, which makes much of a rounding.
+TOLERANCE_OF_ADAM = 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_saved_and_resumed_on_two_processes(runs, engine):
+    wanted = runs.get("convex", "even", "whole", halfway(4))
+    assert_same_run(runs.get_on_two("convex", "even", "first-half", engine), wanted, TOLERANCE_OF_ADAM)
+
+
+@pytest.mark.slow
+def test_saved_on_one_process_and_resumed_on_two(runs):
+    runs.make_on_two("ddp")
+    wanted = runs.get("convex", "even", "whole", halfway(4))
+    assert_same_run(Run(runs.folder / "convex-even-to-resume-on-two"), wanted, TOLERANCE_OF_ADAM)
+
+
+@pytest.mark.slow
+def test_saved_on_two_processes_and_resumed_on_one(runs, tmp_path):
+    runs.make_on_two("ddp")
+    shutil.copytree(runs.folder / "two-ddp-convex-even-to-resume-on-one", tmp_path / "run")
+    assert train(tmp_path / "run", "--resume", **runs.options("convex", "even", halfway(4))) == 0
+    wanted = runs.get("convex", "even", "whole", halfway(4))
+    assert_same_run(Run(tmp_path / "run"), wanted, TOLERANCE_OF_ADAM)
+
+
+@pytest.mark.slow
+def test_what_fsdp_saved_only_fsdp_goes_on_from(runs, tmp_path, capsys, monkeypatch):
+    runs.make_on_two("fsdp2")
+    shutil.copytree(runs.folder / "two-fsdp2-convex-even-first-half", tmp_path / "run")
+    options = runs.options("convex", "even", {**halfway(4), "max_steps": 30})
+    assert train(tmp_path / "run", "--resume", **options) == 2
+    assert "was saved under FSDP" in capsys.readouterr().err
+    one = runs.get("convex", "even", "whole", halfway(4)).folder
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="was saved without FSDP"):
+        refuse_another_engine(one, resume=True)
 
 
 UNEVEN = {

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from convexlm.launch.environment import make_plan
+from convexlm.launch.settings import LaunchSettings
 from training_helpers import TRAIN, Run, environment, train, words, write_model_files, write_records
 
 # With record weights, but for the two whose numbers are to be TRL's.
@@ -29,6 +31,10 @@ LORA = {
     "lora_target_modules": ["q_proj", "v_proj"],
 }
 ARMS = {**OBJECTIVES, "lora": {"objective": "convex", "k": 0.5, **LORA}}
+# Both objectives with both weightings, for several processes; the first is there for them alone.
+MLE_BY_SEQUENCE = {"mle_by_sequence": {"objective": "mle", "length_weighting": "sequence"}}
+BOTH_WEIGHTINGS = ("mle", "mle_by_sequence", "convex", "convex_by_sequence")
+ENGINES = ("ddp", "fsdp2")
 
 
 def split(batch, accumulation=1, **others):
@@ -57,6 +63,12 @@ WHOLE_ON_TWO = {"2x24": split(24), "2x1x32_bfd": split(1, 32, packing=True, pack
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 6}
 
 
+def halfway(batch, stop=20):
+    """Global batches of 8 and saving at step 10, with an optimizer that has a state."""
+    adam = {"optim": "adamw_torch", "learning_rate": 0.003, "save_steps": 10, "max_steps": stop}
+    return split(batch, 2, **adam)
+
+
 class Runs:
     """Makes and remembers runs."""
 
@@ -68,38 +80,51 @@ class Runs:
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
             write_records(folder / f"eval-{name}.jsonl", 7, seed=7, weights=weights)
         self._made: dict[str, Run] = {}
-        self._planned: dict[str, list[str]] = {}
+        self._planned: dict[str, dict[str, list[str]]] = {engine: {} for engine in ENGINES}
 
     def options(self, arm, data, form):
         kind = "plain" if arm in ("mle", "dft") else "weighted"
         files = {"dataset": self.folder / f"{data}-{kind}.jsonl"}
         if "eval_strategy" in form:
             files["eval_dataset"] = self.folder / f"eval-{kind}.jsonl"
-        return {"config_name": self.model, "tokenizer_name": self.model, **files, **ARMS[arm], **form}
+        return {
+            "config_name": self.model,
+            "tokenizer_name": self.model,
+            **files,
+            **{**ARMS, **MLE_BY_SEQUENCE}[arm],
+            **form,
+        }
 
-    def get(self, arm, data, name, form) -> Run:
+    def get(self, arm, data, name, form, step=20) -> Run:
         """A run in this process."""
         key = f"{arm}-{data}-{name}"
         if key not in self._made:
             assert train(self.folder / key, **self.options(arm, data, form)) == 0
-            self._made[key] = Run(self.folder / key)
+            self._made[key] = Run(self.folder / key, step)
         return self._made[key]
 
-    def plan_on_two(self, arm, data, name, form):
-        folder = self.folder / f"two-{arm}-{data}-{name}"
-        options = words(output_dir=folder, **self.options(arm, data, form))
-        self._planned[folder.name] = ["train", "--json", *TRAIN, *options]
+    def plan_on_two(self, arm, data, name, form, engine="ddp", folder=None, resume=()):
+        folder = folder or self.folder / f"two-{engine}-{arm}-{data}-{name}"
+        options = words(*resume, output_dir=folder, **self.options(arm, data, form))
+        key = f"{folder.name}{'-resumed' if resume else ''}"
+        self._planned[engine][key] = ["train", "--json", *TRAIN, *options]
 
-    def get_on_two(self, arm, data, name) -> Run:
-        """One of the runs on two processes; the first call makes all of them in one launch."""
-        if self._planned:
-            jobs = self.folder / "jobs.json"
-            jobs.write_text(json.dumps(list(self._planned.values())), encoding="utf-8")
-            self._planned = {}
-            self.launch(str(Path(__file__).with_name("two_processes.py")), str(jobs))
-        return Run(self.folder / f"two-{arm}-{data}-{name}")
+    def get_on_two(self, arm, data, name, engine="ddp") -> Run:
+        """One of the runs on two processes; an engine's first call makes all of them in one launch."""
+        self.make_on_two(engine)
+        return Run(self.folder / f"two-{engine}-{arm}-{data}-{name}")
 
-    def launch(self, *command):
+    def make_on_two(self, engine):
+        if self._planned[engine]:
+            jobs = self.folder / f"jobs-{engine}.json"
+            jobs.write_text(json.dumps(list(self._planned[engine].values())), encoding="utf-8")
+            self._planned[engine] = {}
+            script = str(Path(__file__).with_name("two_processes.py"))
+            settings = LaunchSettings(accelerate_config="fsdp2", num_processes=2).resolved()
+            variables = make_plan(settings, use_cpu=True).variables if engine == "fsdp2" else {}
+            self.launch(script, str(jobs), **variables)
+
+    def launch(self, *command, **variables):
         """Run a script with `torchrun` on two processes; fails with what it said on stderr."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -108,10 +133,10 @@ class Runs:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
         done = subprocess.run(
             [sys.executable, *launcher, *command],
-            env=environment(),
+            env={**environment(), **variables},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=480,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done

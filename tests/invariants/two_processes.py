@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from convexlm import cli
+from convexlm.launch import leave
 
 
 def main():
@@ -17,6 +18,7 @@ def main():
         code = cli.main(argv)
         if code:
             sys.exit(f"exit code {code} of convexlm {' '.join(argv)}")
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from convexlm.decoding.search import Search
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 TOKEN_BUDGET = 32768
-"""Tokens of a batch over all beams, prompt and longest possible answer: 16 GiB of cache for a 7B Llama in bfloat16."""
+"""Tokens of a batch whose keys and values are held: 16 GiB for a 7B Llama in bfloat16. The longest answers count."""
 
 MAX_SENTENCES = 128
 """A batch's results are written when all of it is done, so a batch is also what a crash can lose."""
@@ -21,27 +19,31 @@ Item = TypeVar("Item")
 
 
 def plan_batches(
-    lengths: Sequence[int], search: Search, batch_size: int | None = None, token_budget: int = TOKEN_BUDGET
-) -> list[list[int]]:
-    """Positions of all sentences in batches, those with the longest prompts first.
+    positions: Iterable[int],
+    lengths: Sequence[int],
+    held: Sequence[int],
+    batch_size: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> list[tuple[int, ...]]:
+    """Positions of sentences in batches, those with the longest prompts first.
 
     The plan depends on the whole job alone and not on what is done of it, so a run that was stopped decodes the rest
     in the very batches an uninterrupted run would have: equal to the last bit of the log-probabilities.
 
     Args:
-        lengths: the prompts' lengths in tokens.
-        search: its beams and its longest answer count towards the budget.
+        positions: which sentences of the job.
+        lengths: the prompts' lengths in tokens, of all sentences of the job.
+        held: the tokens that each sentence takes of the budget, likewise.
         batch_size: sentences a batch; None: as many as the token budget allows.
         token_budget: most tokens a batch.
     """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    batches: list[list[int]] = []
+    order = sorted(positions, key=lambda position: (-lengths[position], position))
+    batches: list[tuple[int, ...]] = []
     while order:
         size = batch_size
-        if size is None:
-            tokens = (lengths[order[0]] + search.max_new_tokens) * search.num_beams
-            size = max(1, min(MAX_SENTENCES, token_budget // tokens))
-        batches.append(order[:size])
+        if size is None:  # the first has the longest prompt, and so takes most
+            size = max(1, min(MAX_SENTENCES, token_budget // held[order[0]]))
+        batches.append(tuple(order[:size]))
         order = order[size:]
     return batches
 
@@ -67,8 +69,8 @@ class Splitter:
         self.largest: int | None = None
 
     def run(
-        self, batch: Sequence[int], generate: Callable[[Sequence[int]], list[Item]]
-    ) -> Iterator[tuple[Sequence[int], list[Item]]]:
+        self, batch: Sequence[int], generate: Callable[[Sequence[int]], Sequence[Item]]
+    ) -> Iterator[tuple[Sequence[int], Sequence[Item]]]:
         """Yield (part of the batch, its results) until all of it is done.
 
         Raises:
@@ -90,7 +92,9 @@ class Splitter:
             rest = rest[len(part) :]
 
 
-def _unless_out_of_memory(part: Sequence[int], generate: Callable[[Sequence[int]], list[Item]]) -> list[Item] | None:
+def _unless_out_of_memory(
+    part: Sequence[int], generate: Callable[[Sequence[int]], Sequence[Item]]
+) -> Sequence[Item] | None:
     try:
         return generate(part)
     except (RuntimeError, MemoryError) as error:

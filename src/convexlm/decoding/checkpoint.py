@@ -128,6 +128,8 @@ def choose_device(device: str | None) -> str:
     if device in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     assert device is not None
+    if device.partition(":")[0] == "meta":  # torch knows it, and it computes nothing
+        raise UserError("device `meta` cannot be used here (it computes nothing)")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

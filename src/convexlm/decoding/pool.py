@@ -1,192 +1,130 @@
-"""Decoding in several processes on this machine: batches are handed out one by one to whoever is idle.
+"""Decoding in several processes: work is given out piece by piece to whoever is idle.
 
-Only the parent writes files. The batches are those of the one plan that a single process has, and each is decoded
+Only this process writes files. The batches are those of the plans that a single process has, and each is decoded
 whole by one worker, so the number of processes changes nothing in the result.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import queue
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from convexlm.decoding.work import to_message
+from convexlm.decoding.links import Child, Remote
+from convexlm.decoding.work import Batch, Part, Sizes, to_message
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator
 
-    from convexlm.decoding.work import Answer, Batch, Engine, Work
+    from convexlm.decoding.joblist import JobList
+    from convexlm.decoding.links import Link
+    from convexlm.decoding.ranks import Leader
 
-DEATHS_OF_A_BATCH = 2
-"""A batch on which so many workers died is not given to another."""
-
-
-class _Queue:
-    """Batches to give out, drawn as they are needed; those that a dead worker had come first."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = iter(batches)
-        self.returned: list[Batch] = []
-
-    def next(self) -> Batch | None:
-        return self.returned.pop() if self.returned else next(self._batches, None)
+DEATHS = 2
+"""A batch, or a checkpoint to load, at which so many workers died is not given to another."""
 
 
 class Pool:
-    """Worker processes that decode batches of jobs; has the methods of `convexlm.decoding.work.Worker`.
+    """Worker processes that decode what is on a job list; has the methods of `convexlm.decoding.run.Alone`.
 
     Args:
-        engine: how to load the backend. With the device `cuda`, the workers take the GPUs in turn.
-        works: the jobs.
-        num_processes: how many workers.
+        num_processes: workers started on this machine; with the device `cuda` they take the GPUs in turn.
+        leader: where workers on other machines come in, if any do.
     """
 
-    def __init__(self, engine: Engine, works: Sequence[Work], num_processes: int) -> None:
-        self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-        self._workers: dict[int, subprocess.Popen[str]] = {}
-        self._engine = engine
-        self._works = works
+    def __init__(self, num_processes: int, leader: Leader | None = None) -> None:
+        self._inbox: queue.Queue[tuple[int, Any]] = queue.Queue()
+        self._workers: dict[int, Link] = {}
         self._num_processes = num_processes
+        self._leader = leader
+        # What each worker is at: a batch, or the number of the checkpoint that it loads.
+        self._at: dict[int, Batch | int] = {}
 
-    def start(self) -> list[list[int]]:
-        """Start all workers and wait until each has loaded the model; returns the lengths of all prompts.
-
-        Raises:
-            UserError: what a worker refuses, or one that dies while it loads.
-        """
-        devices = _devices(self._engine.device, self._num_processes)
-        threads = _threads(self._num_processes) if self._engine.device == "cpu" else 0
-        for rank, device in enumerate(devices):
-            message = {"threads": threads, **to_message(replace(self._engine, device=device), self._works)}
-            self._workers[rank] = self._start(rank, message)
-        lengths: list[list[int]] = []
-        for _ in devices:
-            rank, answer = self._messages.get()
-            if answer is None:
-                raise UserError(
-                    f"decoding process {rank} died while it loaded the model{self._how(rank)}; with fewer processes "
-                    "(--num_processes) there is more memory for each"
-                )
-            lengths = self._unless_refused(answer)["lengths"]
-        return lengths
-
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence[int], list[Answer]]]:
-        """Decode batches; yields (number of the job, positions, their answers) in the order they are done.
+    def run(self, jobs: JobList) -> Iterator[Part]:
+        """Do all that is on the list; yields parts of batches in the order they are done.
 
         The batch of a worker that dies goes to another one.
 
         Raises:
-            UserError: no worker is left, or two died on one batch.
+            UserError: what a worker refuses; no worker is left; two died at one batch, or while they loaded one model.
         """
-        todo = _Queue(batches)
-        at: dict[int, Batch] = {}
-        deaths: dict[tuple[int, int], int] = {}
-        # Answers may have come before their worker died without saying that it was done with the batch.
-        answered: dict[int, set[int]] = {}
-        for rank in list(self._workers):
-            self._give(rank, todo, at)
-        while at:
-            rank, answer = self._messages.get()
-            if answer is None:
-                how = self._how(rank)
-                del self._workers[rank]
-                if (lost := at.pop(rank, None)) is None or answered.get(lost[0], set()).issuperset(lost[1]):
-                    if not self._workers and todo.next() is not None:
-                        raise UserError(f"the last decoding process died{how}; the same command goes on from there")
-                    continue
-                key = (lost[0], lost[1][0])
-                deaths[key] = deaths.get(key, 0) + 1
-                if not self._workers or deaths[key] >= DEATHS_OF_A_BATCH:
-                    raise UserError(
-                        f"a decoding process died{how}; what is done is safe, and the same command goes on from "
-                        "there, with fewer processes or a smaller batch where memory is short"
-                    )
-                todo.returned.append(lost)
-                for idle in [rank for rank in self._workers if rank not in at][:1]:
-                    self._give(idle, todo, at)
+        for number in range(self._num_processes):
+            self._workers[number] = Child(number, self._inbox, _threads(self._num_processes))
+        if self._leader is not None:
+            self._leader.deliver_to(self._inbox)
+        deaths: dict[Batch | int, int] = {}
+        self._give(jobs)
+        while self._at:
+            number, message = self._inbox.get()
+            if isinstance(message, tuple):  # another rank's connection
+                self._workers[number] = Remote(number, self._inbox, *message)
+                self._give(jobs)
                 continue
-            self._unless_refused(answer)
-            if "idle" in answer:
-                del at[rank]
-                self._give(rank, todo, at)
+            if number not in self._workers:
+                continue
+            if message is None:
+                self._bury(number, jobs, deaths)
+            elif "refused" in message:
+                raise UserError(message["refused"])
+            elif "opened" in message:
+                del self._at[number]
+                jobs.opened(message["opened"], {job: Sizes(*sizes) for job, *sizes in message["sizes"]})
+            elif "idle" in message:
+                batch = self._at.pop(number)
+                assert isinstance(batch, Batch)
+                jobs.complete(batch)
             else:
-                known = answered.setdefault(answer["number"], set())
-                fresh = [index for index, position in enumerate(answer["part"]) if position not in known]
-                known.update(answer["part"])
-                if fresh:
-                    part, answers = answer["part"], answer["answers"]
-                    yield answer["number"], [part[index] for index in fresh], [answers[index] for index in fresh]
+                batch = self._at[number]
+                assert isinstance(batch, Batch)
+                yield Part(batch, message["part"], message["answers"])
+                continue
+            self._give(jobs, first=number)
 
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers.values():
-            worker.kill()  # they hold nothing that could be left half-done
-        for worker in self._workers.values():
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            worker.end()
         self._workers = {}
 
-    def _start(self, rank: int, message: dict[str, Any]) -> subprocess.Popen[str]:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "convexlm.decoding.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="ascii",
-            env=environment,
+    def _give(self, jobs: JobList, first: int = -1) -> None:
+        """Let every idle worker have something to do."""
+        for number in sorted(self._workers, key=lambda number: number != first):
+            if number in self._at or (todo := jobs.next(number)) is None:
+                continue
+            self._at[number] = todo
+            worker = self._workers[number]
+            if isinstance(todo, Batch):
+                worker.tell({"batch": [todo.job, todo.positions, todo.round, todo.patient]})
+                continue
+            load = jobs.load(todo)
+            if isinstance(worker, Child) and load.engine.device == "cuda":
+                load = replace(load, engine=replace(load.engine, device=_device(number)))
+            worker.tell({"open": todo, **to_message(load)})
+
+    def _bury(self, number: int, jobs: JobList, deaths: dict[Batch | int, int]) -> None:
+        """A worker died: see to it that another does what it was at."""
+        how = self._workers[number].how_it_ended()
+        self._workers.pop(number).end()
+        lost = self._at.pop(number, None)
+        jobs.lost(number, lost if isinstance(lost, Batch) else None)
+        again = lost is not None and (isinstance(lost, int) or jobs.waits(lost))
+        if lost is not None and again:
+            deaths[lost] = deaths.get(lost, 0) + 1
+        if (self._workers or not jobs.waiting) and (lost is None or deaths.get(lost, 0) < DEATHS):
+            return
+        at = " while it loaded the model" if isinstance(lost, int) else ""
+        raise UserError(
+            f"a decoding process died{at}{how}; what is done is safe, and the same command goes on from there, with "
+            "fewer processes or a smaller batch where memory is short"
         )
-        threading.Thread(target=self._listen, args=(rank, worker), daemon=True).start()
-        self._tell(worker, message)
-        return worker
-
-    def _listen(self, rank: int, worker: subprocess.Popen[str]) -> None:
-        """Put a worker's messages on the queue, and None at its end."""
-        assert worker.stdout is not None
-        with contextlib.suppress(ValueError, OSError):  # a line torn by its death; a pipe that we closed
-            for line in worker.stdout:
-                self._messages.put((rank, json.loads(line)))
-        self._messages.put((rank, None))
-
-    def _give(self, rank: int, todo: _Queue, at: dict[int, Batch]) -> None:
-        if (batch := todo.next()) is not None:
-            at[rank] = batch
-            self._tell(self._workers[rank], [batch[0], list(batch[1])])
-
-    def _tell(self, worker: subprocess.Popen[str], message: Any) -> None:
-        assert worker.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its death is on the queue, too
-            worker.stdin.write(json.dumps(message) + "\n")
-            worker.stdin.flush()
-
-    def _unless_refused(self, answer: dict[str, Any]) -> dict[str, Any]:
-        if "refused" in answer:
-            raise UserError(answer["refused"])
-        return answer
-
-    def _how(self, rank: int) -> str:
-        code = self._workers[rank].wait()
-        return f" (signal {-code})" if code < 0 else f" (exit code {code})"
 
 
-def _devices(device: str, num_processes: int) -> list[str]:
-    if device != "cuda":
-        return [device] * num_processes
+def _device(number: int) -> str:
     import torch
 
-    count = max(1, torch.cuda.device_count())
-    return [f"cuda:{rank % count}" for rank in range(num_processes)]
+    return f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def _threads(num_processes: int) -> int:

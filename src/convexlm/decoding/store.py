@@ -1,7 +1,8 @@
 """The decode file: every sentence exactly once, whatever kills the process and whenever.
 
 While a job runs, its results are appended to `X.jsonl.part`: a header line with the job's identity, then one line a
-sentence in the order they were done, flushed to disk batch by batch. When all are there, `X.jsonl` is written whole in
+sentence in the order they were done, flushed to disk batch by batch (and a line that names sentences which were put
+off, to be decoded in a later round). When all are there, `X.jsonl` is written whole in
 source order, then `X.meta.json`, and only then is the part file removed, so at any moment either the part file or the
 pair of finished files holds everything that was done. The part file is also the lock: a process works on it only while
 it holds it exclusively.
@@ -35,6 +36,10 @@ class DecodeStore:
         output_file: the finished file, `X.jsonl`.
         identity: what makes this job the same as another: hashes and settings, JSON-ready.
         ids: the sentences' ids in source order, each once.
+
+    Attributes:
+        records: what is done, by id.
+        put_off: ids of the sentences that each round put off to the next one, done since or not.
     """
 
     def __init__(self, output_file: Path, identity: dict[str, Any], ids: Sequence[str]) -> None:
@@ -44,6 +49,7 @@ class DecodeStore:
         self.identity = identity
         self.ids = list(ids)
         self.records: dict[str, dict[str, Any]] = {}
+        self.put_off: dict[int, set[str]] = {}
         self.part_file = output_file.with_name(output_file.name + ".part")
         self.meta_file = meta_path(output_file)
         self._handle = -1
@@ -111,20 +117,24 @@ class DecodeStore:
     def close(self) -> None:
         """Let go of the lock, and remove a part file with nothing in it."""
         if self._handle >= 0:
-            if self._ours and not self.records:
+            if self._ours and not self.records and not any(self.put_off.values()):
                 self.remove_part()
             os.close(self._handle)
             self._handle = -1
 
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add finished sentences and wait until they are on the disk.
+    def append(self, records: Iterable[dict[str, Any]], put_off: Iterable[str] = (), round: int = 0) -> None:
+        """Add finished sentences, and ids of those that `round` puts off, and wait until they are on the disk.
 
         Raises:
             UserError: the disk is full or fails; what was added before is safe.
         """
         new = {record["id"]: record for record in records if record["id"] not in self.records}
-        self._write("".join(map(to_json_line, new.values())))
+        later = sorted(set(put_off) - self.put_off.get(round, set()))
+        notes = [{"put_off": later, "round": round}] if later else []
+        if new or notes:
+            self._write("".join(map(to_json_line, [*new.values(), *notes])))
         self.records.update(new)
+        self.put_off.setdefault(round, set()).update(later)
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the finished file and its meta record, then remove the part file.
@@ -179,7 +189,7 @@ class DecodeStore:
     def _read_back(self) -> None:
         raw = self.part_file.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]  # a torn last line is cut
-        self.records = {}
+        self.records, self.put_off = {}, {}
         if not whole:
             if raw.strip(b"\0") and not raw.startswith(_HEADER[: len(raw)]):
                 raise UserError(f"{self.part_file}: not a part of a decode file; remove it to start again")
@@ -196,6 +206,9 @@ class DecodeStore:
         known = set(self.ids)
         for number, line in enumerate(lines, start=2):
             record = self._parse(line, number)
+            if known.issuperset(later := record.get("put_off", ())) and later:
+                self.put_off.setdefault(record.get("round", 0), set()).update(later)
+                continue
             if record.get("id") not in known or "hypothesis" not in record:
                 raise UserError(f"{self.part_file}, line {number}: not a sentence of this job; remove the file")
             self.records.setdefault(record["id"], record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,14 @@ from convexlm.decoding.search import Search
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from convexlm.decoding.backends import Backend, Hypothesis
     from convexlm.tokenization import PromptSettings
 
 Answer = dict[str, Any]
-Batch = tuple[int, "Sequence[int]"]
-"""The number of a job, and the positions of sentences in it."""
+"""The part of a record that the model made."""
 
 
 @dataclass(frozen=True)
@@ -56,52 +56,117 @@ class Engine:
         return get_backend(self.backend)()
 
 
-class Worker:
-    """A backend in this process that decodes batches of jobs.
+@dataclass(frozen=True)
+class Load:
+    """What a worker needs to hear of a checkpoint: how it is loaded, and its jobs by their numbers."""
 
-    Args:
-        engine: how to load it.
-        works: the jobs.
-        backend: one that was made already.
+    engine: Engine
+    works: Mapping[int, Work]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sentences that one worker decodes together.
+
+    Attributes:
+        job: the job's number.
+        positions: the sentences' places in the job.
+        round: 0 for a job's first batches; 1 for those of the sentences that were put off in these, and so on.
+        patient: decode all of it, however long some take; else the last ones may be put off.
     """
 
-    def __init__(self, engine: Engine, works: Sequence[Work], backend: Backend | None = None) -> None:
-        self._engine = engine
-        self._works = works
-        self._backend = engine.make() if backend is None else backend
-        self._encoded: list[list[list[int]]] = []
+    job: int
+    positions: tuple[int, ...]
+    round: int = 0
+    patient: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a batch's sentences, done.
+
+    Attributes:
+        batch: the batch.
+        positions: which of its sentences.
+        answers: an answer each; None for those that are put off to a batch of their like.
+    """
+
+    batch: Batch
+    positions: Sequence[int]
+    answers: Sequence[Answer | None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a job's prompts are.
+
+    Attributes:
+        lengths: the prompts' lengths in tokens.
+        held: tokens whose keys and values the backend holds for each sentence at most, over all its beams.
+    """
+
+    lengths: Sequence[int]
+    held: Sequence[int]
+
+
+class Worker:
+    """A backend in this process that decodes batches of jobs, one checkpoint after the other.
+
+    Args:
+        make: makes the backend of a load; by default the one that its engine names.
+    """
+
+    def __init__(self, make: Callable[[Engine], Backend] = Engine.make) -> None:
+        self._make = make
+        self._backend: Backend | None = None
+        self._works: Mapping[int, Work] = {}
+        self._encoded: dict[int, list[list[int]]] = {}
         self._begun: int | None = None
         self._splitters: dict[int, Splitter] = {}
 
-    def start(self) -> list[list[int]]:
-        """Load the model; returns the lengths of all prompts, job by job.
+    def open(self, load: Load) -> dict[int, Sizes]:
+        """Load a checkpoint in place of the one before; returns the sizes of its jobs' prompts.
 
         Raises:
             UserError: the checkpoint cannot be loaded, or a prompt does not fit the model.
         """
-        engine = self._engine
-        self._backend.load(engine.checkpoint, engine.device, engine.dtype, trust_remote_code=engine.trust_remote_code)
-        self._encoded = [_encode(work, self._backend) for work in self._works]
-        return [list(map(len, prompts)) for prompts in self._encoded]
+        self.close()
+        engine = load.engine
+        backend = self._backend = self._make(engine)
+        backend.load(engine.checkpoint, engine.device, engine.dtype, trust_remote_code=engine.trust_remote_code)
+        self._works = load.works
+        self._encoded = {number: _encode(work, backend) for number, work in load.works.items()}
+        sizes = {}
+        for number, prompts in self._encoded.items():
+            lengths = list(map(len, prompts))
+            sizes[number] = Sizes(lengths, [backend.held(length, load.works[number].search) for length in lengths])
+        return sizes
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Sequence[int], list[Answer]]]:
-        """Decode batches; yields (number of the job, positions, their answers) as parts of them are done."""
-        for number, batch in batches:
-            prompts, search = self._encoded[number], self._works[number].search
-            if self._begun != number:
-                self._backend.begin(prompts)
-                self._begun = number
+    def decode(self, batch: Batch) -> Iterator[Part]:
+        """Decode a batch of the open checkpoint; yields parts of it as they are done."""
+        backend, number = self._backend, batch.job
+        assert backend is not None
+        prompts, search = self._encoded[number], self._works[number].search
+        if self._begun != number:
+            backend.begin(prompts)
+            self._begun = number
 
-            def generate(part: Sequence[int], prompts: Any = prompts, search: Search = search) -> list[Hypothesis]:
-                return self._backend.generate([prompts[position] for position in part], search)
+        def generate(part: Sequence[int]) -> Sequence[Hypothesis | None]:
+            chosen = [prompts[position] for position in part]
+            return backend.generate(chosen, search) if batch.patient else backend.generate_most(chosen, search)
 
-            splitter = self._splitters.setdefault(number, Splitter())
-            for part, hypotheses in splitter.run(batch, generate):
-                yield number, part, [_answer(hypothesis, self._backend) for hypothesis in hypotheses]
+        splitter = self._splitters.setdefault(number, Splitter())
+        for part, found in splitter.run(batch.positions, generate):
+            answers = [None if hypothesis is None else _answer(hypothesis, backend) for hypothesis in found]
+            yield Part(batch, part, answers)
 
     def close(self) -> None:
         """Free the model."""
-        self._backend.close()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+            self._encoded, self._begun, self._splitters = {}, None, {}
+            gc.collect()
 
 
 def _encode(work: Work, engine: Backend) -> list[list[int]]:
@@ -133,32 +198,33 @@ def _answer(hypothesis: Hypothesis, engine: Backend) -> Answer:
     return answer
 
 
-def to_message(engine: Engine, works: Sequence[Work]) -> dict[str, Any]:
-    """Engine and jobs as JSON, for another process."""
+def to_message(load: Load) -> dict[str, Any]:
+    """A load as JSON, for another process."""
     return {
-        "engine": {**asdict(engine), "checkpoint": str(engine.checkpoint)},
+        "engine": {**asdict(load.engine), "checkpoint": str(load.engine.checkpoint)},
         "works": [
             {
+                "number": number,
                 "name": work.name,
                 "ids": list(work.ids),
                 "prompts": list(work.prompts),
                 "settings": asdict(work.settings),
                 "search": asdict(work.search),
             }
-            for work in works
+            for number, work in load.works.items()
         ],
     }
 
 
-def from_message(message: dict[str, Any]) -> tuple[Engine, list[Work]]:
+def from_message(message: dict[str, Any]) -> Load:
     """What `to_message` said."""
     from pathlib import Path
 
     from convexlm.tokenization import PromptSettings
 
     engine = Engine(**{**message["engine"], "checkpoint": Path(message["engine"]["checkpoint"])})
-    works = [
-        Work(
+    works = {
+        work["number"]: Work(
             work["name"],
             work["ids"],
             work["prompts"],
@@ -166,5 +232,5 @@ def from_message(message: dict[str, Any]) -> tuple[Engine, list[Work]]:
             Search(**work["search"]),
         )
         for work in message["works"]
-    ]
-    return engine, works
+    }
+    return Load(engine, works)

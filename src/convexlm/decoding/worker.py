@@ -1,7 +1,7 @@
-"""A decoding process: `python -m convexlm.decoding.worker`, started by `convexlm.decoding.pool`.
+"""A decoding process: `python -m convexlm.decoding.worker THREADS`, started by `convexlm.decoding.links`.
 
-It reads JSON Lines from stdin (first the jobs, then batches) and writes JSON Lines to what was its stdout. It holds no
-file and no lock: whenever it dies, what it had not yet told is all that is lost.
+It reads JSON Lines (checkpoints to open and batches of their jobs) and writes JSON Lines. It holds no file and no
+lock: whenever it dies, what it had not yet told is all that is lost.
 """
 
 from __future__ import annotations
@@ -10,9 +10,53 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING
 
-from convexlm.decoding.work import Worker, from_message
+from convexlm.decoding.work import Batch, Worker, from_message
 from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def serve(reader: Iterable[str], writer: IO[str], local_rank: int | None = None) -> int:
+    """Do what `reader` asks for until it ends; returns the exit code.
+
+    Args:
+        reader: lines from `convexlm.decoding.pool`.
+        writer: takes the answers.
+        local_rank: which GPU of this machine is ours where the line says `cuda`; None: as the line says.
+    """
+
+    def tell(**message: object) -> None:
+        writer.write(json.dumps(message) + "\n")
+        writer.flush()
+
+    worker = Worker()
+    try:
+        for line in reader:
+            message = json.loads(line)
+            if "open" in message:
+                load = from_message(message)
+                if local_rank is not None and load.engine.device == "cuda":
+                    import torch
+
+                    device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+                    load = replace(load, engine=replace(load.engine, device=device))
+                sizes = worker.open(load)
+                tell(opened=message["open"], sizes=[[job, own.lengths, own.held] for job, own in sizes.items()])
+                continue
+            job, positions, number, patient = message["batch"]
+            for part in worker.decode(Batch(job, tuple(positions), number, patient)):
+                tell(part=list(part.positions), answers=list(part.answers))
+            tell(idle=True)
+    except UserError as error:
+        tell(refused=str(error))
+        return 2
+    finally:
+        worker.close()
+    return 0
 
 
 def main() -> int:
@@ -23,28 +67,11 @@ def main() -> int:
     # Whatever libraries print goes to stderr, so that our lines are alone on the pipe.
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
+    if threads := int(sys.argv[1]):
+        import torch
 
-    def tell(**message: object) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    first = json.loads(sys.stdin.readline())
-    try:
-        if first["threads"]:
-            import torch
-
-            torch.set_num_threads(first["threads"])
-        worker = Worker(*from_message(first))
-        tell(lengths=worker.start())
-        for line in sys.stdin:
-            number, batch = json.loads(line)
-            for _, part, answers in worker.run([(number, batch)]):
-                tell(number=number, part=list(part), answers=answers)
-            tell(idle=True)
-    except UserError as error:
-        tell(refused=str(error))
-        return 2
-    return 0
+        torch.set_num_threads(threads)
+    return serve(sys.stdin, out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.batching import TOKEN_BUDGET
 from convexlm.decoding.progress import progress_lines
+from convexlm.decoding.ranks import Leader, find_world, follow
 from convexlm.decoding.search import Search
 from convexlm.errors import UserError
 from convexlm.options import VerbParser
@@ -78,9 +79,9 @@ def make_parser(prog: str) -> VerbParser:
     machine.add_argument(
         "--num_processes",
         type=int,
-        default=1,
         metavar="N",
-        help="processes on this machine that share the sentences; GPUs are taken in turn (default: 1)",
+        help="processes on this machine that share the sentences; GPUs are taken in turn (default: 1; under torchrun "
+        "or accelerate launch, the processes are its own)",
     )
     machine.add_argument("--batch_size", type=int, metavar="N", help="sentences a batch; default: by --token_budget")
     machine.add_argument(
@@ -88,7 +89,8 @@ def make_parser(prog: str) -> VerbParser:
         type=int,
         default=TOKEN_BUDGET,
         metavar="N",
-        help=f"most tokens of a batch, prompts and answers over all beams (default: {TOKEN_BUDGET})",
+        help="most tokens of a batch whose keys and values are held: prompts, and the longest answers over all beams "
+        f"(default: {TOKEN_BUDGET})",
     )
     machine.add_argument("--device", help="torch device (default: the first GPU, else the CPU)")
     machine.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's; float32 on a CPU)")
@@ -97,7 +99,23 @@ def make_parser(prog: str) -> VerbParser:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Decode; returns the result for `--json`."""
+    """Decode; returns the result for `--json`. Under a launcher, rank 0 does, and the other ranks work for it."""
+    world = find_world()
+    if world is None:
+        return _run(args, None)
+    if world.rank:
+        follow(world)
+        return {}
+    with Leader(world) as leader:
+        if args.num_processes not in (None, world.size):
+            raise UserError(
+                f"--num_processes {args.num_processes} does not fit the launcher's {world.size} processes "
+                "(WORLD_SIZE); leave it out"
+            )
+        return _run(args, leader)
+
+
+def _run(args: argparse.Namespace, leader: Leader | None) -> dict[str, Any]:
     search = Search(
         num_beams=args.num_beams,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
@@ -132,7 +150,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             token_budget=args.token_budget,
             trust_remote_code=args.trust_remote_code,
             compute_type=args.compute_type,
-            num_processes=args.num_processes,
+            num_processes=1 if leader or args.num_processes is None else args.num_processes,
+            leader=leader,
             note=_note,
             progress=progress,
         )

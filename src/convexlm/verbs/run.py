@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.launch.settings import add_launch_options, launch_settings
 from convexlm.options import VerbParser
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def make_parser(prog: str) -> VerbParser:
         default=[],
         help="change an entry of the recipe, such as train.max_steps=10 or vars.data_dir=/data; may be repeated",
     )
+    add_launch_options(parser)
     return parser
 
 
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from convexlm.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if launch := launch_settings(vars(args)).over(recipe.launch):
+        recipe = replace(recipe, launch=launch.resolved(to_plan=args.dry_run))
     run_dir = args.run_dir or str(Path("runs") / recipe.name)
     if args.dry_run:
         from convexlm.plan import make_plan
@@ -53,6 +58,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         from convexlm.plan import show_plan
 
         show_plan(result, console)
+        return
+    if "machine_rank" in result:
+        names = ", ".join(result["trained"]) or "none, for all were done"
+        console.print(f"machine {result['machine_rank']} took part in {len(result['trained'])} trainings: {names}")
+        console.print(f"machine 0 decodes, scores and reports in {result['run_dir']}")
         return
     from convexlm.tables import show_comparison
 

@@ -11,12 +11,22 @@ from trl import ModelConfig
 
 from convexlm.config import ConvexConfig
 from convexlm.errors import UserError
-from convexlm.options import VerbParser
+from convexlm.launch.precision import choose_precision, device_type
+from convexlm.launch.settings import (
+    add_launch_options,
+    launch_settings,
+    refuse_another_launch,
+    refuse_half_a_launch,
+    under_a_launcher,
+)
+from convexlm.options import VerbParser, load_yaml
 from convexlm.plugins import load_plugins
 from convexlm.training import DataOptions, train_model
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from convexlm.launch.settings import LaunchSettings
 
 
 UNHEEDED = {
@@ -54,15 +64,62 @@ def make_parser(prog: str) -> VerbParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last complete checkpoint in --output_dir"
     )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print steps, memory, disk and settings; load no weights, write nothing"
+    )
+    add_launch_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train as the options say."""
+    """Train as the options say: in this process, or in those of a launch."""
     if not args.output_dir:
         raise UserError("--output_dir is missing: where checkpoints and metrics go")
-    data, model_options, config = build_options(vars(args))
-    return train_model(model_options, data, config, resume=args.resume)
+    asked = launch_settings(vars(args))
+    if args.dry_run:
+        return _plan(asked.resolved(to_plan=True), option_values(vars(args)))
+    if under_a_launcher():
+        refuse_another_launch(asked)
+    elif asked:
+        from convexlm.launch.training import launch_training
+
+        return launch_training(asked.resolved(), option_values(vars(args)), resume=args.resume)
+    refuse_half_a_launch()
+    return train_here(vars(args), resume=args.resume)
+
+
+def train_here(values: dict[str, Any], *, resume: bool, title: str = "train") -> dict[str, Any]:
+    """Train in this process, alone or as one of those that a launcher has started.
+
+    Raises:
+        UserError: a value that an option cannot have, or as `train_model`.
+    """
+    from convexlm.launch.engine import refuse_another_engine, set_up
+
+    if under_a_launcher() and device_type() == "cpu":
+        values = {**values, "use_cpu": True}  # if not told, accelerate would train in each process alone
+    data, model_options, config = build_options(values)
+    set_up(config)
+    refuse_another_engine(str(config.output_dir), resume=resume)
+    opening = f"precision {choose_precision(values)}"
+    return train_model(model_options, data, config, resume=resume, title=title, opening=opening)
+
+
+def _plan(asked: LaunchSettings, values: dict[str, Any]) -> dict[str, Any]:
+    from convexlm.launch.settings import config_file
+    from convexlm.plan_training import plan_training, sharding_of_file
+
+    if not asked:
+        return {"dry_run": True, **plan_training(values)}
+    file = load_yaml(config_file(asked.accelerate_config)) if asked.accelerate_config else {}
+    sharding = sharding_of_file(file, asked.processes)
+    return {"dry_run": True, **plan_training(values, processes=asked.processes, sharding=sharding)}
+
+
+def option_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a verb's options that are options of a training."""
+    known = {f.name for cls in (DataOptions, ModelConfig, ConvexConfig) for f in dataclasses.fields(cls) if f.init}
+    return {key: value for key, value in values.items() if key in known}
 
 
 def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, ConvexConfig]:
@@ -72,6 +129,8 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
         UserError: a value that an option cannot have.
     """
     load_plugins(values.get("plugins"))
+    precision = choose_precision(values)
+    values = {**values, "bf16": precision.bf16, "fp16": precision.fp16}
     made: list[Any] = []
     for cls in (DataOptions, ModelConfig, ConvexConfig):
         names = {f.name for f in dataclasses.fields(cls) if f.init}
@@ -99,7 +158,12 @@ def _refuse_unheeded(config: ConvexConfig) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """What was written, and what to run next."""
+    """What was written, and what to run next; or the plan."""
+    if result.get("dry_run"):
+        from convexlm.plan_training import show_training_plan
+
+        show_training_plan(result, console)
+        return
     console.print(f"trained {result['steps']} steps on {result['records']} records in {result['seconds']:.0f} s")
     console.print(f"checkpoints in {result['output_dir']}: {', '.join(result['checkpoints'])}")
     if result["last_checkpoint"]:

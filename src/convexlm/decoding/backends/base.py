@@ -95,6 +95,18 @@ class Backend(ABC):
         try again with half of the batch.
         """
 
+    def generate_most(self, prompts: Sequence[list[int]], search: Search) -> Sequence[Hypothesis | None]:
+        """As `generate`, but a few sentences that take much longer than the others may be put off (None).
+
+        Those are decoded from the start, together with their like of other batches, once all others are done.
+        Which ones depends on the prompts and the search alone.
+        """
+        return self.generate(prompts, search)
+
+    def held(self, length: int, search: Search) -> int:
+        """Tokens whose keys and values are held for a sentence whose prompt has `length`, at most, over all beams."""
+        return (length + search.max_new_tokens) * search.num_beams
+
     def encode(self, prompts: Sequence[str], settings: PromptSettings) -> list[list[int]]:
         """The token ids of each prompt, as in training."""
         from convexlm.tokenization import encode_prompts

@@ -64,6 +64,8 @@ class CTranslate2Backend(Backend):
         from convexlm.decoding.loading import load_config, load_tokenizer
 
         kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda"):
+            raise UserError(f"the ctranslate2 backend runs on cpu and cuda, not on {device}; use --backend hf")
         supported = ctranslate2.get_supported_compute_types(kind, int(index or 0))
         if dtype not in supported:
             raise UserError(

@@ -14,6 +14,7 @@ from convexlm.decoding.generation.rules import Rules
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convexlm.decoding.patience import Patience
     from convexlm.decoding.search import Search
 
 FAR = -1.0e9
@@ -43,9 +44,15 @@ class _Finished:
 
 
 def beam_search(
-    model: Any, prompts: Sequence[list[int]], search: Search, eos_ids: Sequence[int], pad_id: int, prefix: Prefix
-) -> list[list[Hypothesis]]:
-    """The `num_beams` best hypotheses of each prompt, best first.
+    model: Any,
+    prompts: Sequence[list[int]],
+    search: Search,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    prefix: Prefix,
+    patience: Patience | None = None,
+) -> list[list[Hypothesis] | None]:
+    """The `num_beams` best hypotheses of each prompt, best first; None for prompts that `patience` put off.
 
     Candidates, scores in float32, length penalty, `early_stopping` and the order of ties of the best are those of
     transformers' beam search. Log-probabilities are the model's own: the rules only take tokens out.
@@ -59,6 +66,7 @@ def beam_search(
     finished = [_Finished(beams) for _ in prompts]
     owners = list(range(len(prompts)))
     done = [False] * len(prompts)  # by prompt
+    put_off: set[int] = set()
     # Before the first token the beams of a prompt are one; the others are put out of reach.
     scores = torch.full((len(prompts), beams), FAR, device=device)
     scores[:, 0] = 0.0
@@ -95,6 +103,9 @@ def beam_search(
         left = [row for row, owner in enumerate(owners) if not done[owner]]
         if not left:
             break
+        if patience is not None and patience.over(len(left), length):
+            put_off = {owners[row] for row in left}
+            break
         source = parents + torch.arange(len(owners), device=device)[:, None] * beams
         if (len(owners) - len(left)) * DROPPED_AT_ONCE >= len(owners):
             index = torch.tensor(left, device=device)
@@ -107,7 +118,10 @@ def beam_search(
         rows.step(tokens, parents)
     ending = set(eos_ids)
     return [
-        [Hypothesis(tokens, log_prob, tokens[-1] in ending) for _, tokens, log_prob in own.entries] for own in finished
+        None
+        if owner in put_off
+        else [Hypothesis(tokens, log_prob, tokens[-1] in ending) for _, tokens, log_prob in own.entries]
+        for owner, own in enumerate(finished)
     ]
 
 

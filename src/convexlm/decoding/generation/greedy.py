@@ -13,6 +13,7 @@ from convexlm.decoding.generation.rules import Rules
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convexlm.decoding.patience import Patience
     from convexlm.decoding.search import Search
 
 DROPPED_AT_ONCE = 8
@@ -20,12 +21,19 @@ DROPPED_AT_ONCE = 8
 
 
 def greedy_search(
-    model: Any, prompts: Sequence[list[int]], search: Search, eos_ids: Sequence[int], pad_id: int, prefix: Prefix
-) -> list[Hypothesis]:
+    model: Any,
+    prompts: Sequence[list[int]],
+    search: Search,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    prefix: Prefix,
+    patience: Patience | None = None,
+) -> list[Hypothesis | None]:
     """The most probable token at each step, until EOS.
 
     The same tokens as transformers' `generate` finds for each prompt alone; log-probabilities are the model's own,
-    before the rules, taken from the very logits that the tokens were chosen by.
+    before the rules, taken from the very logits that the tokens were chosen by. None for prompts that `patience`
+    put off.
     """
     rows = Rows(model, prompts, pad_id, prefix)
     device = rows.logits.device
@@ -35,6 +43,7 @@ def greedy_search(
     sums = [0.0] * len(prompts)
     owners = list(range(len(prompts)))  # the prompt of each row
     open_ = [True] * len(prompts)  # by prompt
+    put_off: set[int] = set()
     for number in range(search.max_new_tokens):
         chosen = rules.apply(rows.logits).argmax(dim=1)
         log_probs = rows.logits.gather(1, chosen[:, None])[:, 0] - rows.logits.logsumexp(dim=1)
@@ -47,6 +56,9 @@ def greedy_search(
         left = [row for row, owner in enumerate(owners) if open_[owner]]
         if not left or number + 1 == search.max_new_tokens:
             break
+        if patience is not None and patience.over(len(left), number + 1):
+            put_off = {owners[row] for row in left}
+            break
         rules.append(chosen)
         if (len(owners) - len(left)) * DROPPED_AT_ONCE >= len(owners):
             index = torch.tensor(left, device=device)
@@ -55,4 +67,7 @@ def greedy_search(
             chosen = chosen[index]
             owners = [owners[row] for row in left]
         rows.step(chosen[:, None])
-    return [Hypothesis(answer, total, not still) for answer, total, still in zip(tokens, sums, open_, strict=True)]
+    return [
+        None if owner in put_off else Hypothesis(tokens[owner], sums[owner], not open_[owner])
+        for owner in range(len(prompts))
+    ]

@@ -1,0 +1,101 @@
+"""How sure an experiment's differences are: over sentences, by convexlm's own test, and over training seeds.
+
+    python benchmarks/evidence/intervals.py WORK/multi30k-en-de-exchanged-30 --output results/evidence-intervals.json
+
+Systems are (arm, search), such as `convex-k1 greedy`. All test sets and final seeds are taken together as
+`convexlm run` does for the seeds of one recipe: the score is the mean over test sets and seeds, and sentences are
+resampled for all seeds at once.
+Beside that stand each seed's own differences, and Student's interval of their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+# The 97.5th percentile of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def student_interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of 2 to 10 values; None for another number of them."""
+    spread = STUDENT.get(len(values) - 1)
+    if spread is None:
+        return None
+    half = spread * stdev(values) / math.sqrt(len(values))
+    return mean(values) - half, mean(values) + half
+
+
+def read_corpora(folder: Path) -> list[Any]:
+    """One corpus a final seed and test set, with every (arm, search) at its chosen checkpoint as a system."""
+    import yaml
+
+    from convexlm.scoring import read_hypotheses
+    from convexlm.significance import Corpus
+
+    corpora = []
+    for run in sorted(path.parent for path in folder.glob("final*/comparison.json")):
+        comparison = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        tests = {(one["name"], pair) for one in recipe["test_sets"] for pair in one["pairs"]}
+        lines = (run / "data" / "references.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        for record in map(json.loads, lines):
+            name, pair = record["test_set"], record["pair"]
+            if (name, pair) not in tests:
+                continue
+            systems = {
+                f"{arm} {search}": read_hypotheses(
+                    run / "decode" / arm / comparison["checkpoints"][arm] / f"{name}.{pair}.{search}.jsonl"
+                )
+                for arm in comparison["arms"]
+                for search in comparison["searches"]
+            }
+            label = f"{name} {pair}, {run.name}"
+            corpora.append(Corpus(label, pair.split("-")[1], systems, record["references"], group=f"{name} {pair}"))
+    return corpora
+
+
+def differences(corpora: list[Any], baseline: str, metric: str, n_samples: int) -> list[dict[str, Any]]:
+    """Every system against `baseline`: one row a system, as `joint_test` gives them, with the seeds' own deltas."""
+    from convexlm.significance import joint_test
+
+    rows = []
+    for row in joint_test(corpora, [metric], baseline=baseline, n_samples=n_samples):
+        parts = row.pop("corpora")
+        if row["system"] == baseline:
+            continue
+        by_seed: dict[str, list[float]] = {}
+        for part in parts:
+            by_seed.setdefault(part["name"].rsplit(", ", 1)[1].removeprefix("final-seed"), []).append(part["delta"])
+        seeds = {seed: mean(deltas) for seed, deltas in by_seed.items()}
+        rows.append({**row, "delta_by_seed": seeds, "seed_interval": student_interval(list(seeds.values()))})
+    return rows
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", type=Path, nargs="+", help="folders that run.py made")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--metrics", nargs="+", default=["bleu", "chrf"])
+    parser.add_argument("--baselines", nargs="+", default=["mle", "oracle-mle"], help="arms to compare with")
+    parser.add_argument("--n_samples", type=int, default=1000)
+    args = parser.parse_args()
+    out = []
+    for folder in args.experiments:
+        corpora = read_corpora(folder)
+        systems = list(corpora[0].systems)
+        for baseline in [name for name in systems if name.rsplit(" ", 1)[0] in args.baselines]:
+            for metric in args.metrics:
+                rows = differences(corpora, baseline, metric, args.n_samples)
+                out += [{"experiment": folder.name, **row} for row in rows]
+    text = json.dumps(out, ensure_ascii=False, indent=1)
+    args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+r"""One experiment of the evidence, from Multi30k's files to rows: data, base model, tuning on validation, final runs.
+
+    OMP_NUM_THREADS=1 python benchmarks/evidence/run.py --multi30k DATA/multi30k \
+        --work_dir WORK --noise exchanged --share 0.3 --rows results/evidence.jsonl
+
+WORK/NAME/ (NAME is `multi30k-en-de-exchanged-30`) gets `data/` and run folders of `convexlm run`: `base`
+(recipes/evidence/base.yaml), `tune` and `final-seedN` (both made from recipes/evidence/arms.yaml). What is done is
+skipped, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from adopt import adopt  # noqa: E402
+from make_data import make  # noqa: E402
+from noise import KINDS  # noqa: E402
+from rows import collect, read_jsonl  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parents[1] / "recipes" / "evidence"
+TUNING_SEED = 1
+
+
+def tune_recipe(arms: dict[str, Any], rates: list[float], variables: dict[str, str]) -> dict[str, Any]:
+    """The recipe `tune`: every arm with every learning rate, one seed, scored on validation alone."""
+    files = {key: f"${{data_dir}}/val500.{{{side}}}" for key, side in (("sources", "src"), ("references", "tgt"))}
+    return {
+        "extends": str(RECIPES / "arms.yaml"),
+        "name": "evidence-tune",
+        "vars": variables,
+        "seeds": [TUNING_SEED],
+        "arms": {f"{name}.lr{rate:g}": {**arm, "learning_rate": rate} for name, arm in arms.items() for rate in rates},
+        # The recipe's `test_sets` is the validation set: no test set is looked at here.
+        "test_sets": [{"name": "val500", "pairs": ["${pair}"], **files}],
+        "validation_sets": None,
+        "selection": "last",
+        "decode": {"searches": [{"num_beams": 1, "max_new_tokens": 60}]},
+        "compare": {"baseline": f"{next(iter(arms))}.lr{rates[0]:g}", "n_samples": 20},
+    }
+
+
+def choose(scores: list[dict[str, Any]], metric: str = "bleu") -> dict[str, dict[str, Any]]:
+    """The best (learning rate, checkpoint) of every arm in a tuning run's scores; of equal ones the first.
+
+    Args:
+        scores: rows of its `scores.jsonl`, arms named `ARM.lrRATE`.
+        metric: the metric to choose by, of which more is better.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for row in scores:
+        arm, _, rate = row["arm"].rpartition(".lr")
+        if row["metric"] == metric and (arm not in best or row["score"] > best[arm]["score"]):
+            best[arm] = {"learning_rate": float(rate), "checkpoint": row["checkpoint"], "score": row["score"]}
+    return best
+
+
+def final_recipe(
+    arms: dict[str, Any], chosen: dict[str, dict[str, Any]], seed: int, variables: dict[str, str]
+) -> dict[str, Any]:
+    """The recipe `final`: every arm with its own learning rate; the stopping step is chosen on validation."""
+    return {
+        "extends": str(RECIPES / "arms.yaml"),
+        "name": "evidence-final",
+        "vars": variables,
+        "seeds": [seed],
+        "arms": {name: {**arm, "learning_rate": chosen[name]["learning_rate"]} for name, arm in arms.items()},
+    }
+
+
+def run(recipe: Path, run_dir: Path, overrides: Sequence[str], log: Path) -> None:
+    """`convexlm run`, its progress appended to a file; a failure ends this program with the log's last lines."""
+    words = [word for one in overrides for word in ("--set", one)]
+    command = [sys.executable, "-m", "convexlm.cli", "run", str(recipe), "--run_dir", str(run_dir), *words]
+    with log.open("a", encoding="utf-8") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        tail = log.read_text(encoding="utf-8").split("\n")[-6:]
+        raise SystemExit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(tail))
+
+
+def main() -> None:
+    """Read the command line and run what is not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--multi30k", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--pair", default="en-de", choices=["en-de", "de-en"])
+    parser.add_argument("--noise", default="exchanged", choices=list(KINDS))
+    parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to try")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the final runs; tuning has 1")
+    parser.add_argument("--base_checkpoint", type=Path, help="start from this one, without the stage `base`")
+    parser.add_argument("--arms", nargs="+", help="some of those in arms.yaml; by default all that the noise allows")
+    parser.add_argument("--set", nargs="+", default=[], help="changes to the arms' recipes, as of `convexlm run`")
+    parser.add_argument("--stop_after", choices=["data", "base", "tune", "final"], default="final")
+    parser.add_argument("--vocab_size", type=int, default=4000)
+    parser.add_argument(
+        "--rows", type=Path, help="file to append the experiment's rows to (its old ones are replaced)"
+    )
+    args = parser.parse_args()
+    name = f"multi30k-{args.pair}-" + (f"{args.noise}-{round(100 * args.share)}" if args.share else "clean")
+    folder = args.work_dir.resolve() / name
+    data, log = folder / "data", folder / "log.txt"
+    if not (data / "data.json").exists():
+        make(args.multi30k, data, args.pair, args.noise, args.share, 1, args.vocab_size)
+    stages = {"data": 0, "base": 1, "tune": 2, "final": 3}
+    variables = {"data_dir": str(data), "pair": args.pair}
+    base = args.base_checkpoint and args.base_checkpoint.resolve()
+    if stages[args.stop_after] >= 1 and base is None:
+        run(RECIPES / "base.yaml", folder / "base", [f"vars.{key}={value}" for key, value in variables.items()], log)
+        chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
+        base = folder / "base" / "train" / "start" / chosen
+    variables["base"] = str(base)
+    arms = yaml.safe_load((RECIPES / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    if not args.share:  # nothing to clean
+        arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
+    arms = {arm: arms[arm] for arm in args.arms or arms}
+    if stages[args.stop_after] >= 2:
+        filtered = data / "train.filter.jsonl"
+        if "filter-mle" in arms and not filtered.exists():
+            options = {"checkpoint": base, "dataset": data / "train.jsonl", "share": args.share, "output": filtered}
+            words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+            command = [sys.executable, str(HERE / "filter_data.py"), *words]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            (data / "filter.json").write_text(out, encoding="utf-8")
+        write_yaml(folder / "tune.yaml", tune_recipe(arms, args.rates, variables))
+        run(folder / "tune.yaml", folder / "tune", args.set, log)
+        best = choose(read_jsonl(folder / "tune" / "scores.jsonl"))
+        (folder / "chosen.json").write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
+    # A run folder a seed: `convexlm run` takes no further seed into a folder.
+    for seed in args.seeds if stages[args.stop_after] >= 3 else []:
+        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(arms, best, seed, variables))
+        if seed == TUNING_SEED:
+            rates = {arm: entry["learning_rate"] for arm, entry in best.items()}
+            adopt(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", folder / "tune", rates, args.set)
+        run(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", args.set, log)
+    if args.rows:
+        fresh = collect(folder, name)
+        old = [row for row in read_jsonl(args.rows) if row["experiment"] != name] if args.rows.exists() else []
+        text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in [*old, *fresh])
+        staging = args.rows.with_suffix(".tmp")
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, args.rows)
+
+
+def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
+    """A recipe as a file."""
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

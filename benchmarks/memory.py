@@ -1,0 +1,313 @@
+"""Is the memory that a dry run promises the memory that training takes? On a CPU, resident set of a process.
+
+    python benchmarks/memory.py                      # all cases; writes results/memory.json and results/memory.md
+    python benchmarks/memory.py --cases plain lora   # those whose names contain one of these words
+    python benchmarks/memory.py --render             # results/memory.md anew from results/memory.json
+
+Each case is a process of its own that trains three optimizer steps with `ConvexTrainer`. Its resident set is read
+before it has a model (`base`), and the peak since training began is read at the end (VmHWM, reset by clear_refs). What
+is compared is the growth, peak - base, with `estimate_memory(...).peak`; and the peak itself with `.total`, which adds
+what the framework takes (one constant for all).
+
+A process's resident set also holds what the C library keeps of freed memory. Each case therefore runs under two
+allocators, turn by turn: `releasing` (MALLOC_MMAP_THRESHOLD_=1048576: freed tensors go back to the system, as a GPU's
+caching allocator reuses them), and `default` (glibc's moving threshold).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "11m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "20m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "58m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "qwen3-53m": {
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+SHAPES["11m"]["tie_word_embeddings"] = True
+PLAIN: dict[str, Any] = {"model": "58m", "batch": 4, "length": 256, "gradient_checkpointing": False}
+QV = ["q_proj", "v_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "checkpointing": {**PLAIN, "gradient_checkpointing": True},
+    "small, checkpointing, long": {**PLAIN, "model": "20m", "gradient_checkpointing": True, "batch": 4, "length": 768},
+    "one long row": {**PLAIN, "batch": 1, "length": 768},
+    "eager attention": {**PLAIN, "batch": 2, "length": 384, "attention": "eager"},
+    "bf16 weights": {**PLAIN, "dtype": "bfloat16"},
+    "bf16 autocast": {**PLAIN, "mixed_precision": "bf16"},
+    "bf16 autocast, checkpointing": {**PLAIN, "mixed_precision": "bf16", "gradient_checkpointing": True},
+    "lora, all linear": {**PLAIN, "lora": "all-linear"},
+    "lora, all linear, checkpointing": {**PLAIN, "lora": "all-linear", "gradient_checkpointing": True},
+    "lora, q and v, bf16 weights": {**PLAIN, "lora": QV, "dtype": "bfloat16"},
+    "small, large batch": {**PLAIN, "model": "20m", "batch": 16},
+    "small, accumulation": {**PLAIN, "model": "20m", "accumulation": 3},
+    "small, adamw_torch": {**PLAIN, "model": "20m", "optimizer": "adamw_torch"},
+    "small, sgd": {**PLAIN, "model": "20m", "optimizer": "sgd"},
+    "tied": {**PLAIN, "model": "11m", "batch": 8, "length": 128},
+    "qwen3, grouped heads": {**PLAIN, "model": "qwen3-53m", "length": 384, "batch": 2},
+}
+ALLOCATORS = {"releasing": {"MALLOC_MMAP_THRESHOLD_": "1048576"}, "default": {}}
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    """Run what was asked for; write the table and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="*", help="words; a case runs if its name holds one of them")
+    parser.add_argument("--repeats", type=int, default=2, help="turns over all cases")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true", help="only write the table anew from the JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever libraries print is not an answer
+        print(json.dumps(measure(json.loads(args.child))), file=answers, flush=True)
+        return
+    target = args.output_dir / "memory.json"
+    if args.render:
+        result = json.loads(target.read_text(encoding="utf-8"))
+    else:
+        chosen = {n: c for n, c in CASES.items() if not args.cases or any(word in n for word in args.cases)}
+        result = {"about": about(), "rows": rows_of(chosen, args.repeats)}
+        if args.cases and target.exists():  # these rows anew, the others as they are
+            before = json.loads(target.read_text(encoding="utf-8"))
+            fresh = {row["case"]: row for row in result["rows"]}
+            known = {row["case"] for row in before["rows"]}
+            rows = [fresh.get(row["case"], row) for row in before["rows"]]
+            result["rows"] = [*rows, *(row for name, row in fresh.items() if name not in known)]
+            result["about"]["command"] = f"{before['about']['command']}; {result['about']['command']}"
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = table(result)
+    (args.output_dir / "memory.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def rows_of(cases: dict[str, dict[str, Any]], repeats: int) -> list[dict[str, Any]]:
+    """Estimate and measure every case, allocators and repeats taking turns."""
+    seen: dict[str, dict[str, list[dict[str, Any]]]] = {name: {a: [] for a in ALLOCATORS} for name in cases}
+    for turn in range(repeats):
+        for name, case in cases.items():
+            for allocator, environment in ALLOCATORS.items():
+                seen[name][allocator].append(child(case, environment))
+                print(f"{turn + 1}/{repeats} {name}, {allocator}", file=sys.stderr)
+    rows = []
+    for name, case in cases.items():
+        row: dict[str, Any] = {"case": name, "settings": case}
+        for allocator, runs in seen[name].items():
+            estimate = row["estimate"] = runs[-1].pop("estimate")
+            for run in runs:
+                run.pop("estimate", None)
+            growth = statistics.median(run["peak"] - run["base"] for run in runs)
+            peak = statistics.median(run["peak"] for run in runs)
+            row[allocator] = {
+                "runs": runs,
+                "growth": growth,
+                "peak": peak,
+                "growth_error": estimate["peak"] / growth - 1,
+                "peak_error": estimate["total"] / peak - 1,
+            }
+        rows.append(row)
+    return rows
+
+
+def child(case: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """One run in a process of its own: `base` and `peak` in bytes, and the estimate."""
+    command = [sys.executable, __file__, "--child", json.dumps(case)]
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**plain, **environment}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case}: {done.stderr.strip()[-2000:]}")
+    return dict(json.loads(done.stdout))
+
+
+def config_of(name: str) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig
+
+    shape = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, **SHAPES[name]}
+    return AutoConfig.for_model(shape.pop("model_type"), **shape)
+
+
+def peft_of(case: dict[str, Any]) -> Any:
+    """The adapter's config, if there is one."""
+    if not case.get("lora"):
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, target_modules=case["lora"], task_type="CAUSAL_LM")
+
+
+def estimate_of(case: dict[str, Any]) -> Any:
+    """What the dry run would say."""
+    from convexlm.memory import estimate_memory
+
+    known = {key: value for key, value in case.items() if key not in ("model", "lora")}
+    return estimate_memory(config_of(case["model"]), peft_config=peft_of(case), **known)
+
+
+# -- the process that is measured
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Train a little, read the resident set before and at its most, and make the estimate."""
+    import ctypes
+    import gc
+
+    from convexlm.head import workspace
+
+    tiny = {**case, "batch": 2, "length": 32, "model": "tiny"}
+    SHAPES["tiny"] = {**SHAPES[case["model"]], "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
+    SHAPES["tiny"]["vocab_size"] = 64
+    train(tiny)  # what libraries load lazily is part of the base
+    workspace.clear()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    base = resident("VmRSS")
+    train(case)
+    peak = resident("VmHWM")
+    # In this process, for it has decided by its own timing whether the head's products are in half precision.
+    return {"base": base, "peak": peak, "estimate": estimate_of(case).as_dict()}
+
+
+def resident(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def train(case: dict[str, Any]) -> None:
+    """Three optimizer steps; the peak is reset when the loop begins."""
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from convexlm import ConvexConfig, ConvexTrainer
+
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config_of(case["model"]),
+        attn_implementation=case.get("attention", "sdpa"),
+        dtype=getattr(torch, case.get("dtype", "float32")),
+    )
+    accumulation, length = case.get("accumulation", 1), case["length"]
+    lengths = [length - 16 * (i % 2) for i in range(3 * case["batch"] * accumulation)]
+    if case["batch"] == 1:
+        lengths = [length] * len(lengths)
+    rows = [{"input_ids": [3] * n, "labels": [-100] * 4 + [5] * (n - 4)} for n in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        args = ConvexConfig(
+            folder,
+            objective="convex",
+            use_cpu=True,
+            bf16=case.get("mixed_precision") == "bf16",
+            per_device_train_batch_size=case["batch"],
+            gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=case["gradient_checkpointing"],
+            optim=case.get("optimizer", "adamw_torch_fused"),
+            max_steps=3,
+            max_length=length,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        dataset = Dataset.from_list(rows)
+        trainer = ConvexTrainer(
+            model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_of(case)
+        )
+        del model
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        trainer.train()
+
+
+# -- what is written
+
+
+def about() -> dict[str, Any]:
+    """Command, versions and machine."""
+    import torch
+
+    cpu = platform.processor()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = dict(line.split("\t: ", 1) for line in information.read_text().split("\n") if "\t: " in line)
+        cpu = lines.get("model name", cpu)
+    return {
+        "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        "device": "cpu",
+        "cpu": cpu,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+        "packages": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    facts = result["about"]
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    lines = [
+        "# Estimated and measured memory",
+        "",
+        f"`{facts['command']}`, on {facts['cpu_count']} cores of {facts['cpu']}; Python {facts['python']}, "
+        f"{facts['libc']}, {packages}. Medians over the repeats; MB is 10^6 bytes.",
+        "",
+        "Growth is the peak of the resident set in training, less the resident set before there was a model. "
+        "`releasing` is glibc with MALLOC_MMAP_THRESHOLD_=1048576 (freed tensors go back to the system), `default` is "
+        "glibc as it comes, which keeps some of what was freed. Errors are (estimate - measured) / measured. The last "
+        "column compares whole processes under the default allocator, framework included. On a CPU the head decides "
+        "by timing, once a process, whether half-precision products pay; the estimate is made in that process, "
+        "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
+        "about 200 MB here. GPU, FSDP2 and DeepSpeed: not measured.",
+        "",
+        "| case | parameters | trained | estimate MB | releasing MB | error | default MB | error | whole process |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        estimate, tight, loose = row["estimate"], row["releasing"], row["default"]
+        lines.append(
+            f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
+            f"| {estimate['peak'] / 1e6:.0f} | {tight['growth'] / 1e6:.0f} | {tight['growth_error']:+.1%} "
+            f"| {loose['growth'] / 1e6:.0f} | {loose['growth_error']:+.1%} | {loose['peak_error']:+.1%} |"
+        )
+    lines.append("")
+    for name, key in (("releasing", "growth_error"), ("default", "growth_error"), ("default", "peak_error")):
+        errors = [abs(row[name][key]) for row in result["rows"]]
+        what = "the growth" if key == "growth_error" else "the whole process"
+        inside = sum(error <= 0.15 for error in errors)
+        lines.append(
+            f"- {name}, {what}: {inside} of {len(errors)} cases within 15 %; largest error {max(errors):.1%}, "
+            f"median {statistics.median(errors):.1%}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

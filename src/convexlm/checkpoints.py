@@ -1,0 +1,184 @@
+"""Which checkpoints of a folder are whole, and the files that say so.
+
+A checkpoint is begun with an empty file `.saving` in its folder. When everything is written and on the disk, an
+inventory follows (`convexlm-files.json`: the sizes of the files without which training could not go on), and last of
+all the marker, `convexlm.json`, with the prompt settings and the objective for decoding. What has no marker, or a file
+of another size, is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.files import sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+COMPLETE_FILE = "convexlm.json"
+INVENTORY_FILE = "convexlm-files.json"  # no part of what a checkpoint answers, so not in the marker
+SAVING_FILE = ".saving"
+PROGRESS_FILE = "training_progress.json"
+_NEEDED = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
+_NEEDED_NAMES = ("trainer_state.json", PROGRESS_FILE)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 if it has none."""
+    number = checkpoint.name.rsplit("-", 1)[-1]
+    return int(number) if number.isdigit() else -1
+
+
+def all_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Every folder `checkpoint-STEP`, whole or not, by step."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a folder that were written to the end, by step."""
+    return [path for path in all_checkpoints(output_dir) if why_incomplete(path) is None]
+
+
+def why_incomplete(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, in words; None if it is whole."""
+    if not (checkpoint / COMPLETE_FILE).is_file():
+        return "not written to the end (the run was stopped while saving)"
+    for name, size in read_inventory(checkpoint).get("files", {}).items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    return None
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's marker; empty if there is none that can be read."""
+    return _read(checkpoint / COMPLETE_FILE)
+
+
+def read_inventory(checkpoint: Path) -> dict[str, Any]:
+    """`files` with their sizes in bytes, `resumable`, `interrupted`; empty for a checkpoint of an earlier version."""
+    return _read(checkpoint / INVENTORY_FILE)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_resumable(checkpoint: Path) -> bool:
+    """Whether optimizer and schedule are there, too (`save_only_model` leaves them out)."""
+    return read_inventory(checkpoint).get("resumable", True) is not False
+
+
+def is_interruption(checkpoint: Path) -> bool:
+    """Whether it was saved for a signal, at a step where none was due."""
+    return read_inventory(checkpoint).get("interrupted") is True
+
+
+def best_checkpoint(checkpoint: Path) -> str | None:
+    """The best one (by `metric_for_best_model`) that the Trainer knew of when it saved this one."""
+    best = _read(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+    return best if isinstance(best, str) else None
+
+
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Make the folder, or empty it of what a run left there that was stopped while saving."""
+    if checkpoint.exists():
+        remove_checkpoint(checkpoint)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / SAVING_FILE).touch()
+
+
+def finish_checkpoint(
+    checkpoint: Path, marker: Mapping[str, Any] | None, *, resumable: bool = True, interrupted: bool = False
+) -> None:
+    """Bring all of a checkpoint to the disk, then write inventory and marker (None: there is none to write).
+
+    Args:
+        checkpoint: the folder.
+        marker: what its `convexlm.json` holds.
+        resumable: whether the optimizer's state is there.
+        interrupted: whether it was saved for a signal, at a step where none was due.
+    """
+    files = sync_tree(checkpoint)
+    if marker is not None:
+        sizes = {
+            name: size
+            for name, size in sorted(files.items())
+            if (name.endswith(_NEEDED) and name != "training_args.bin") or Path(name).name in _NEEDED_NAMES
+        }
+        inventory = {"files": sizes, "resumable": resumable, "interrupted": interrupted}
+        write_atomic(checkpoint / INVENTORY_FILE, json.dumps(inventory, indent=2) + "\n")
+        write_atomic(checkpoint / COMPLETE_FILE, json.dumps(marker, indent=2, sort_keys=True) + "\n")
+    (checkpoint / SAVING_FILE).unlink(missing_ok=True)
+    sync_folder(checkpoint)
+    sync_folder(checkpoint.parent)
+
+
+def sync_tree(folder: Path) -> dict[str, int]:
+    """Write all files under a folder through to the disk; their relative names and sizes in bytes."""
+    sizes = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root) / name
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+        sync_folder(Path(root))
+    return sizes
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint so that, stopped half-way, it is none: its marker goes first."""
+    if (checkpoint / COMPLETE_FILE).exists():
+        (checkpoint / COMPLETE_FILE).replace(checkpoint / SAVING_FILE)
+        sync_folder(checkpoint)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`, and what a signal saved before a newer one.
+
+    Called when the newest is whole, so however it is stopped a complete checkpoint remains. The best one (by
+    `metric_for_best_model`) stays. Incomplete ones are not counted and not touched.
+    """
+    complete = complete_checkpoints(output_dir)
+    drop_interruptions(complete[:-1])
+    regular = [path for path in complete[:-1] if path.exists()]
+    if limit is None or limit <= 0:
+        return
+    spared = {Path(best).resolve()} if best else set()
+    surplus = len(regular) + 1 - limit
+    for path in regular:
+        if surplus <= 0:
+            break
+        if path.resolve() not in spared:
+            remove_checkpoint(path)
+            surplus -= 1
+
+
+def drop_interruptions(checkpoints: list[Path]) -> None:
+    """Delete those that were saved for a signal only: an undisturbed run would not have them."""
+    for path in checkpoints:
+        if is_interruption(path):
+            remove_checkpoint(path)
+
+
+def is_half_written_here(checkpoint: Path) -> bool:
+    """Whether an incomplete checkpoint is what a run of this package left, and nothing of anyone else's."""
+    return (checkpoint / SAVING_FILE).exists() or not any(checkpoint.iterdir())

@@ -1,0 +1,215 @@
+"""What lets `ConvexTrainer` be stopped at any moment and go on as if it had not been.
+
+Beyond what transformers saves (weights, optimizer, schedule, every process's random state, the step), a checkpoint
+here has what was summed up for the next log, so that `metrics.jsonl` of a resumed run is that of an undisturbed one
+whatever `logging_steps` and `save_steps` are. It is saved after the logs and evaluations of its step, brought to
+the disk, and only then do older ones go (transformers deletes them before it is known to be whole).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from convexlm.checkpoints import PROGRESS_FILE, begin_checkpoint, finish_checkpoint, rotate
+from convexlm.errors import Stopped
+from convexlm.files import write_atomic
+from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
+from convexlm.objectives import merge_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class DurableCheckpoints:
+    """Mixed into a Trainer before its class.
+
+    Attributes:
+        checkpoint_marker: content of the marker of every checkpoint; None: none is written (a user's own script).
+        signal_watch: asked after every step; when it has a signal, all processes save, stop and raise `Stopped`.
+        how_to_go_on: the end of what `Stopped` then says.
+    """
+
+    checkpoint_marker: dict[str, Any] | None = None
+    signal_watch: SignalWatch | None = None
+    how_to_go_on = "resume from it to go on"
+
+    def _init_durable(self: Any) -> None:
+        self._true_args: dict[str, Any] = {}  # what is changed in `args` while saving, as it really is
+        self._epoch_closed = False
+        self._save_is_due = False
+        self._saved_step: int | None = None
+        self.add_callback(_Moments(self))
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any, interrupted: bool = False) -> None:
+        """The Trainer's checkpoint, what was summed up for the next log, the marker; then older ones go."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        # On some nodes several processes write; each node's first sees to its own folder.
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        progress = self._progress()
+        self.accelerator.wait_for_everyone()
+        changes: dict[str, Any] = {"save_total_limit": None}
+        if interrupted:
+            changes["save_only_model"] = False  # what is saved for a signal alone is there to go on from
+        with self._other_args(**changes):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            resumable = not self.args.save_only_model
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_atomic(folder / PROGRESS_FILE, json.dumps(progress) + "\n")
+            marker = self.checkpoint_marker
+            finish_checkpoint(folder, marker, resumable=resumable, interrupted=interrupted)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            if marker is not None:
+                rotate(run_dir, limit, best)
+            else:
+                rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+        self._saved_step = self.state.global_step
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in the Trainer; the options that it pickles beside the weights are the true ones, without the token."""
+        with _changed(self.args, **{**self._true_args, "hub_token": None}):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _other_args(self: Any, **changes: Any) -> Iterator[None]:
+        self._true_args = {name: getattr(self.args, name) for name in changes}
+        try:
+            with _changed(self.args, **changes):
+                yield
+        finally:
+            self._true_args = {}
+
+    # -- the end of a step --------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer, with saving put last of all that happens at a step; then stop if a signal came.
+
+        At the last step of an epoch the Trainer saves before the logs and the evaluation of the epoch's end, which a
+        run stopped in between would never have.
+        """
+        last = self.control.should_training_stop or self._epoch_ends()
+        if not self._epoch_closed:
+            self._save_is_due = last and self.control.should_save
+            self.control.should_save = self.control.should_save and not self._save_is_due
+        elif self._save_is_due:
+            self.control.should_save, self._save_is_due = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        if self.signal_watch is None:
+            return
+        number = agreed_signal(self.signal_watch.number, self.accelerator.device)
+        if number is None or self.control.should_training_stop or (self._epoch_ends() and not self._epoch_closed):
+            return
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None, interrupted=True)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        raise Stopped(
+            f"stopped by {signal_name(number)} after step {self.state.global_step} of {self.state.max_steps}; "
+            f"checkpoint-{self.state.global_step} in {self.args.output_dir} is complete, {self.how_to_go_on}",
+            exit_code=128 + number,
+        )
+
+    def _epoch_ends(self: Any) -> bool:
+        return self.state.epoch is not None and float(self.state.epoch).is_integer()
+
+    # -- what was summed up for the next log --------------------------------------------------------------------------
+
+    def _progress(self: Any) -> dict[str, Any]:
+        """The sums of every process since the last log, exact, and the counts of the whole run."""
+        statistics = self._statistics["train"]
+        own = {
+            "tr_loss": float(self._tr_loss).hex(),
+            "statistics": None if statistics is None else {key: float(x).hex() for key, x in statistics.items()},
+            "seen": None if self._seen is None else int(self._seen),
+        }
+        return {
+            "step": self.state.global_step,
+            "last_logged": self._globalstep_last_logged,
+            "counts": self._guard_counts(),
+            "processes": gather_object([own]),
+        }
+
+    def _restore_progress(self: Any, checkpoint: Path) -> None:
+        """Take up the sums again; on another number of processes the first takes them all."""
+        path = checkpoint / PROGRESS_FILE
+        if not path.is_file():
+            return
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["step"] != self.state.global_step:
+            return
+        self._globalstep_last_logged = content["last_logged"]
+        self._restore_guard_counts(content["counts"])
+        saved, world = content["processes"], self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        same = len(saved) == world
+        mine = [saved[rank]] if same else saved if rank == 0 else []
+        for part in mine:
+            # The Trainer logs the mean over processes.
+            share = 1.0 if same else world / len(saved)
+            self._tr_loss += float.fromhex(part["tr_loss"]) * share
+            if part["seen"] is not None:
+                seen = torch.tensor(part["seen"], device=self.accelerator.device)
+                self._seen = seen if self._seen is None else self._seen + seen
+            if part["statistics"] is not None:
+                device = self.accelerator.device
+                dtype = torch.float32 if device.type == "mps" else torch.float64
+                sums = {
+                    key: torch.tensor(float.fromhex(x), dtype=dtype, device=device)
+                    for key, x in part["statistics"].items()
+                }
+                kept = self._statistics["train"]
+                self._statistics["train"] = sums if kept is None else merge_statistics(kept, sums)
+
+
+class _Moments(TrainerCallback):
+    """Tells the trainer where in its loop it is."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Training starts or goes on."""
+        trainer = self.trainer
+        trainer._epoch_closed, trainer._save_is_due, trainer._saved_step = False, False, None
+        if trainer._resumed_from is not None:
+            trainer._restore_progress(Path(trainer._resumed_from))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Steps follow."""
+        self.trainer._epoch_closed = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """No more steps; the epoch's own log, evaluation and save follow."""
+        self.trainer._epoch_closed = True
+
+
+@contextlib.contextmanager
+def _changed(thing: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(thing, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(thing, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(thing, name, value)

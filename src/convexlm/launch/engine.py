@@ -1,0 +1,83 @@
+"""In a process of a launch: see that it has become what was asked for, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.launch.environment import FSDP_ON_CPU
+from convexlm.progress import note
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FSDP_FILES = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
+
+
+def set_up(config: Any) -> None:
+    """Check the processes of a training and how they share it.
+
+    Args:
+        config: the training options, which have set up the process group.
+
+    Raises:
+        RuntimeError: there are not as many processes as a launcher has said.
+        UserError: FSDP was asked for where accelerate would quietly train without.
+    """
+    said, found = int(os.environ.get("WORLD_SIZE", "1")), int(config.world_size)
+    if said != found:
+        raise RuntimeError(f"a launcher has said that {said} processes train together, but accelerate sees {found}")
+    if config.n_gpu > 1:
+        # transformers would split every batch over them in this one process (nn.DataParallel).
+        note(f"  one of {config.n_gpu} GPUs is used; --num_processes {config.n_gpu} takes all")
+        config._n_gpu = 1
+    if _asks_for_fsdp() and config.device.type == "cpu":
+        _allow_fsdp_on_cpu(found)
+
+
+def refuse_another_engine(output_dir: str | Path, *, resume: bool) -> None:
+    """See that a checkpoint to go on from was written by an engine that this one can read.
+
+    Raises:
+        UserError: it was not; transformers would stop in the middle of loading.
+    """
+    from convexlm.checkpoints import complete_checkpoints
+
+    checkpoints = complete_checkpoints(output_dir) if resume else []
+    if not checkpoints:
+        return
+    last = checkpoints[-1]
+    by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp()
+    if by_fsdp and not with_fsdp:
+        raise UserError(
+            f"{last} was saved under FSDP, which only FSDP can go on from: give --accelerate_config fsdp2; or begin a "
+            f"new training from its weights with --model_name_or_path {last}"
+        )
+    if with_fsdp and not by_fsdp and (last / "optimizer.pt").exists():
+        raise UserError(
+            f"{last} was saved without FSDP, and FSDP cannot go on from it: leave --accelerate_config fsdp2 out; or "
+            f"begin a new training from its weights with --model_name_or_path {last}"
+        )
+
+
+def _asks_for_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _allow_fsdp_on_cpu(processes: int) -> None:
+    """Let accelerate shard on the CPU, which torch can.
+
+    accelerate (1.12 to 1.15) takes up FSDP only where the processes are of an accelerator's kind, such as MULTI_GPU;
+    for MULTI_CPU it goes on with DDP and says nothing (`AcceleratorState.__init__`). Told that they are, it does all
+    the rest right: torch's `fully_shard` takes the CPU where there is nothing else.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    if os.environ.get(FSDP_ON_CPU) != "1" or processes < 2:
+        raise UserError(
+            "FSDP on the CPU: accelerate would train without it; start with "
+            "`convexlm train --accelerate_config fsdp2 --num_processes N`"
+        )
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

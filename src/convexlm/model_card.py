@@ -1,0 +1,306 @@
+"""The model card (README.md) of an exported checkpoint, in the hub's format.
+
+Everything in it is picked by name: objective, data, chosen settings, scores. Paths of this machine become bare names,
+and whatever looks like a token or key is left out, so nothing else of a run folder can slip in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.checkpoints import read_marker
+from convexlm.errors import UserError
+from convexlm.files import read_jsonl, write_atomic
+from convexlm.options import load_yaml
+from convexlm.runs import VERSIONED, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+CARD_FILE = "README.md"
+SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "num_train_epochs"),
+    *("max_steps", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
+    *("packing", "bf16", "fp16", "optim", "k_warmup", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
+    *("lora_target_modules", "load_in_4bit", "load_in_8bit", "dtype", "seed"),
+)
+FORMULAS = {
+    "mle": "-m",
+    "convex": "(1 - exp(k m)) / k",
+    "power": "(-m)^k / k",
+    "dft": "1 - exp(log p) of every token",
+}
+METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "rouge": "ROUGE", "comet": "COMET"}
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w+|AKIA[0-9A-Z]{12,}"
+    r"|eyJ[\w-]{10,}\.[\w-]+|(?i:token|secret|passwo?r?d|api[_-]?key)\s*[=:]\s*\S+|://[^/\s:@]+:[^/\s@]+@"
+)
+_LOCAL = re.compile(r"^(/|~|\.{1,2}(/|$)|[A-Za-z]:[\\/]|\\\\|file:)")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")
+
+
+def write_card(
+    folder: Path,
+    *,
+    checkpoint: Path,
+    run_dir: str | Path | None,
+    kind: str,
+    parameters: int,
+    dtype: str,
+    base_model: str | None,
+    license_name: str | None,
+    name: str,
+) -> dict[str, Any]:
+    """Write the card of an exported folder.
+
+    Args:
+        folder: where the model lies.
+        checkpoint: what it was made of.
+        run_dir: the run folder; found by the checkpoint's path if None.
+        kind: as `export_checkpoint` says.
+        parameters: how many there are.
+        dtype: what they are.
+        base_model: what the user names as the base.
+        license_name: what the user names as the licence.
+        name: the model's name.
+
+    Returns:
+        `scores`: how many are shown.
+
+    Raises:
+        UserError: `run_dir` is no run folder, or its files are damaged.
+    """
+    from huggingface_hub import ModelCardData
+
+    run = find_run(checkpoint, run_dir)
+    recipe = load_yaml(run / "recipe.yaml") if run else {}
+    arm = _arm_of(checkpoint, recipe)
+    settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_mapping(_mapping(recipe, "arms"), arm)}
+    marker = read_marker(folder)
+    objective = marker.get("objective") or {key: settings[key] for key in ("objective", "k") if key in settings}
+    base = public_name(base_model or settings.get("model_name_or_path") or _named_base(checkpoint))
+    dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
+    scores = _scores(run, checkpoint, arm) if run else []
+    kept: dict[str, Any] = {
+        "base_model": base if base and _HUB.fullmatch(base) and "/" in base else None,
+        "datasets": [dataset] if dataset and _HUB.fullmatch(dataset) and "/" in dataset else None,
+        "license": clean(license_name) if license_name else None,
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["convexlm", "sft", "trl", *([str(objective["name"])] if "name" in objective else [])],
+        "metrics": sorted({str(row["metric"]).split("-")[0] for row in scores}) or None,
+        "language": sorted({code for row in scores for code in str(row["pair"]).split("-")}) or None,
+        "model_name": clean(name),
+    }
+    data = ModelCardData(
+        **{key: value for key, value in kept.items() if value is not None}, eval_results=_results(scores) or None
+    )
+    body = "\n".join(
+        [
+            f"# {clean(name)}",
+            "",
+            _opening(kind, base, objective, parameters, dtype, checkpoint),
+            "",
+            *_objective_section(objective),
+            *_prompt_section(marker.get("prompt") or {}),
+            *_data_section(dataset, recipe),
+            *_settings_section(settings, recipe, checkpoint),
+            *_scores_section(scores),
+            "## Versions",
+            "",
+            ", ".join(f"{key} {value}" for key, value in _versions(recipe).items()),
+        ]
+    )
+    write_atomic(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    return {"scores": len(scores)}
+
+
+def clean(text: Any) -> str:
+    """A text without what looks like a token, a key or a password, on one line."""
+    return _SECRET.sub("(removed)", " ".join(str(text).split()))
+
+
+def public_name(value: Any) -> str | None:
+    """A model's or dataset's name for others to read: a hub name as it is, of a path of this machine its last part."""
+    if isinstance(value, dict):
+        return clean(value.get("kind", "generated"))
+    if not value:
+        return None
+    raw = str(value)
+    if "://" in raw:  # an address may hold a host or a password that is nobody's business
+        return clean(raw.split("?")[0].rstrip("/").rsplit("/", 1)[-1])
+    text = clean(raw)
+    local = bool(_LOCAL.match(text)) or Path(text).exists() or text.count("/") > 1
+    return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if local else text
+
+
+def find_run(checkpoint: Path, run_dir: str | Path | None) -> Path | None:
+    """The run folder of a checkpoint `RUN_DIR/train/RUN/checkpoint-STEP`, or the one that is named.
+
+    Raises:
+        UserError: a folder is named that is no run folder.
+    """
+    if run_dir is not None:
+        if not (Path(run_dir) / "recipe.yaml").is_file():
+            raise UserError(f"--run_dir {run_dir}: no run folder (recipe.yaml is missing)")
+        return Path(run_dir)
+    parents = checkpoint.resolve().parents
+    found = len(parents) > 2 and parents[1].name == "train" and (parents[2] / "recipe.yaml").is_file()
+    return parents[2] if found else None
+
+
+def _arm_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str:
+    run = checkpoint.resolve().parent.name
+    arms = _mapping(recipe, "arms")
+    return run if run in arms else re.sub(r"\.seed\d+$", "", run)
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _named_base(checkpoint: Path) -> str | None:
+    path = checkpoint / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return None
+
+
+# -- scores
+
+
+def _scores(run: Path, checkpoint: Path, arm: str) -> list[dict[str, Any]]:
+    path = run / "scores.jsonl"
+    if not path.is_file():
+        return []
+    seed = re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name)
+    needed = ("arm", "checkpoint", "test_set", "pair", "search", "metric", "score")
+    return [
+        row
+        for row in read_jsonl(path, torn_last_line_ok=True)
+        if all(key in row for key in needed)
+        and row["arm"] == arm
+        and row.get("role") != "validation"
+        and str(row["checkpoint"]) in (checkpoint.name, checkpoint.name.removeprefix("checkpoint-"))
+        and (seed is None or str(row.get("seed")) == seed[1])
+        and isinstance(row["score"], (int, float))
+    ]
+
+
+def _results(scores: Iterable[Mapping[str, Any]]) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="summarization" if len(set(str(row["pair"]).split("-"))) == 1 else "translation",
+            dataset_type=clean(row["test_set"]),
+            dataset_name=f"{clean(row['test_set'])} {clean(row['pair'])}",
+            dataset_config=clean(row["pair"]),
+            metric_type=str(row["metric"]),
+            metric_name=f"{METRIC_NAMES.get(str(row['metric']), row['metric'])} ({clean(row['search'])})",
+            metric_value=round(float(row["score"]), 4),
+        )
+        for row in scores
+    ]
+
+
+def _scores_section(scores: list[dict[str, Any]]) -> list[str]:
+    if not scores:
+        return ["## Scores", "", "None were at hand when this card was written.", ""]
+    lines = ["## Scores", "", "| test set | pair | search | metric | score | signature |", "|---|---|---|---|--:|---|"]
+    for row in scores:
+        cells = [row["test_set"], row["pair"], row["search"], METRIC_NAMES.get(str(row["metric"]), row["metric"])]
+        shown = [_cell(cell) for cell in cells] + [
+            f"{float(row['score']):.2f}",
+            f"`{_cell(row.get('signature', ''))}`",
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    return [*lines, ""]
+
+
+def _cell(text: Any) -> str:
+    return clean(text).replace("|", "\\|")
+
+
+# -- words
+
+
+def _opening(
+    kind: str, base: str | None, objective: Mapping[str, Any], parameters: int, dtype: str, checkpoint: Path
+) -> str:
+    what = {"adapter": "An adapter (LoRA)", "merged": "A causal language model, its adapter merged into it,"}
+    start = f" of `{base}`" if base else ""
+    name = objective.get("name")
+    how = f" fine-tuned{start} with the `{name}` objective" if name else f" fine-tuned{start}"
+    step = checkpoint.name.rsplit("-", 1)[-1]
+    at = f", at step {int(step):,}" if checkpoint.name.startswith("checkpoint-") and step.isdigit() else ""
+    return f"{what.get(kind, 'A causal language model')}{how} by convexlm{at}: {parameters:,} parameters in {dtype}."
+
+
+def _objective_section(objective: Mapping[str, Any]) -> list[str]:
+    if not objective:
+        return []
+    settings = ", ".join(f"{key} = {clean(value)}" for key, value in sorted(objective.items()) if key != "name")
+    name = str(objective.get("name", objective.get("objective")))
+    formula = f": `{FORMULAS[name]}`" if name in FORMULAS else ""
+    return [
+        "## Objective",
+        "",
+        f"`{clean(name)}`{formula}, where m is the mean log-probability of an answer's tokens."
+        + (f" Settings: {settings}." if settings else ""),
+        "",
+    ]
+
+
+def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:
+    if not prompt:
+        return []
+    bos = "with" if prompt.get("add_bos") else "without"
+    return [
+        "## Prompts",
+        "",
+        f"Trained on the prompt template `{clean(prompt.get('template'))}`, {bos} a BOS token before it; `convexlm "
+        "decode` reads this from `convexlm.json`.",
+        "",
+    ]
+
+
+def _data_section(dataset: str | None, recipe: Mapping[str, Any]) -> list[str]:
+    if not dataset:
+        return []
+    data = _mapping(recipe, "data")
+    limit = f", its first {int(data['max_records']):,} records" if isinstance(data.get("max_records"), int) else ""
+    return ["## Data", "", f"`{dataset}`{limit}.", ""]
+
+
+def _settings_section(settings: Mapping[str, Any], recipe: Mapping[str, Any], checkpoint: Path) -> list[str]:
+    shown = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
+    if seed := re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name):
+        shown["seed"] = seed[1]
+    elif isinstance(recipe.get("seeds"), list) and len(recipe["seeds"]) == 1:
+        shown["seed"] = recipe["seeds"][0]
+    state = checkpoint / "trainer_state.json"
+    if state.is_file():
+        try:
+            content = json.loads(state.read_text(encoding="utf-8"))
+            shown["epochs trained"] = round(float(content["epoch"]), 3)
+            shown["steps trained"] = int(content["global_step"])
+        except (ValueError, KeyError, TypeError):
+            pass
+    if not shown:
+        return []
+    rows = [f"| {key} | {_cell(value)} |" for key, value in shown.items()]
+    return ["## Settings", "", "| setting | value |", "|---|---|", *rows, ""]
+
+
+def _versions(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Of the training, where the run folder says; else of this export."""
+    noted = _mapping(recipe, "versions")
+    return {key: clean(noted[key]) for key in VERSIONED if key in noted} or versions()

@@ -1,0 +1,154 @@
+"""The evidence's tools: noise that does what it says, choosing on validation, rows that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
+
+import figure  # noqa: E402
+import filter_data  # noqa: E402
+import intervals  # noqa: E402
+import make_data  # noqa: E402
+import noise  # noqa: E402
+import rows as rows_module  # noqa: E402
+import run as run_module  # noqa: E402
+
+PAIRS = [(f"a source {number}", f"ein Ziel {number} mit mehr Wörtern") for number in range(200)]
+
+
+@pytest.mark.parametrize("kind", sorted(noise.KINDS))
+def test_noise_spoils_the_share_and_marks_it(kind: str) -> None:
+    spoilt = noise.spoil(PAIRS, kind, 0.3, seed=1)
+    assert [source for source, _, _ in spoilt] == [source for source, _ in PAIRS]
+    for (_, target), (_, new, clean) in zip(PAIRS, spoilt, strict=True):
+        assert clean == (new == target)
+    dirty = sum(not clean for _, _, clean in spoilt)
+    assert dirty == 60 if kind != "shuffled" else 55 <= dirty <= 60  # a shuffle may give the old order
+    assert noise.spoil(PAIRS, kind, 0.3, seed=1) == spoilt
+    assert noise.spoil(PAIRS, kind, 0.3, seed=2) != spoilt
+
+
+def test_no_noise_changes_nothing() -> None:
+    assert noise.spoil(PAIRS, "exchanged", 0.0, seed=1) == [(*pair, True) for pair in PAIRS]
+
+
+def test_exchanged_targets_are_passed_around() -> None:
+    spoilt = noise.spoil(PAIRS, "exchanged", 0.5, seed=3)
+    assert Counter(target for _, target, _ in spoilt) == Counter(target for _, target in PAIRS)
+
+
+def test_a_target_that_comes_back_equal_counts_as_clean() -> None:
+    spoilt = noise.spoil([("one", "gleich"), ("two", "gleich")], "exchanged", 1.0, seed=1)
+    assert [clean for _, _, clean in spoilt] == [True, True]
+
+
+def test_what_each_kind_makes() -> None:
+    pairs, random = [("the source", "eins zwei drei vier"), ("other", "fünf sechs")], Random(0)
+    assert noise.copied(pairs, random) == ["the source", "other"]
+    assert noise.wrong_language(pairs, random) == ["other", "the source"]
+    for (_, target), cut in zip(pairs, noise.truncated(pairs, random), strict=True):
+        assert target.startswith(cut) and 0 < len(cut) < len(target)
+    for (_, target), mixed in zip(pairs, noise.shuffled(pairs, random), strict=True):
+        assert sorted(mixed.split(" ")) == sorted(target.split(" "))
+
+
+def test_noise_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="unknown noise"):
+        noise.spoil(PAIRS, "typos", 0.1, seed=1)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        noise.spoil(PAIRS, "copied", 30, seed=1)
+
+
+def test_filter_drops_the_least_likely() -> None:
+    rows = [{"n": number, "clean": number >= 3} for number in range(10)]
+    kept, about = filter_data.keep_likely(rows, np.array([0.0, 1, 9, 2, 3, 4, 5, 6, 7, 8]), 0.3)
+    assert [row["n"] for row in kept] == [2, 4, 5, 6, 7, 8, 9]
+    assert about["precision"] == pytest.approx(2 / 3) and about["recall"] == pytest.approx(2 / 3)
+    # Of 7 x 3 couples (clean, spoilt), those with the clean one above: all but 7 with the likely spoilt one.
+    assert about["auc"] == pytest.approx(14 / 21)
+
+
+def test_auc_counts_ties_half() -> None:
+    assert filter_data.auc(np.array([1.0, 2.0]), np.array([1.0])) == 0.75
+
+
+def test_the_chosen_is_the_best_on_validation_and_of_equals_the_first() -> None:
+    def row(arm: str, checkpoint: str, score: float, metric: str = "bleu") -> dict:
+        return {"arm": arm, "checkpoint": checkpoint, "score": score, "metric": metric}
+
+    chosen = run_module.choose(
+        [
+            row("mle.lr0.001", "checkpoint-1", 10.0),
+            row("mle.lr0.001", "checkpoint-1", 90.0, "chrf"),
+            row("mle.lr0.0003", "checkpoint-1", 12.0),
+            row("mle.lr0.0003", "checkpoint-2", 12.0),
+            row("convex-k1.lr1e-05", "checkpoint-2", 3.0),
+        ]
+    )
+    assert chosen["mle"] == {"learning_rate": 3e-4, "checkpoint": "checkpoint-1", "score": 12.0}
+    assert chosen["convex-k1"]["learning_rate"] == 1e-5
+
+
+def test_the_made_recipes_are_recipes(tmp_path: Path) -> None:
+    from convexlm.recipe import load_recipe
+
+    arms = yaml.safe_load((run_module.RECIPES / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    variables = {"data_dir": "DATA", "pair": "de-en", "base": "BASE"}
+    run_module.write_yaml(tmp_path / "tune.yaml", run_module.tune_recipe(arms, [3e-4, 1e-3], variables))
+    tune = load_recipe(tmp_path / "tune.yaml")
+    assert len(tune.arms) == 2 * len(arms) and tune.arm("mle.lr0.001").train["learning_rate"] == 1e-3
+    assert [one["name"] for one in tune.test_sets] == ["val500"] and tune.selection["on"] == "last"
+    chosen = {arm: {"learning_rate": 0.5} for arm in arms}
+    run_module.write_yaml(tmp_path / "final.yaml", run_module.final_recipe(arms, chosen, 7, variables))
+    final = load_recipe(tmp_path / "final.yaml")
+    assert final.seeds == (7,) and {arm.train["learning_rate"] for arm in final.arms} == {0.5}
+    assert final.selection["on"] == "validation" and len(final.test_sets) == 3
+    assert final.model["model_name_or_path"] == "BASE" and not final.model["config"]
+    assert len({arm.train["max_steps"] for arm in final.arms}) == 1  # arms of equal steps
+
+
+def test_rows_carry_their_settings(tmp_path: Path) -> None:
+    run = tmp_path / "final-seed2"
+    recipe = {"seeds": [2], "train": {"learning_rate": 1e-3}, "versions": {"torch": "2"}}
+    recipe["arms"] = {"convex-k1": {"objective": "convex", "k": 1.0, "learning_rate": 3e-4}}
+    score = {"arm": "convex-k1", "seed": 2, "test_set": "t", "pair": "en-de", "search": "greedy", "metric": "bleu"}
+    score |= {"score": 12.5, "signature": "s", "num_sentences": 3, "role": "test", "checkpoint": "checkpoint-20"}
+    (run / "train" / "convex-k1").mkdir(parents=True)
+    (run / "train" / "convex-k1" / "done.json").write_text('{"seconds": 90}')
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "comparison.json").write_text('{"checkpoints": {"convex-k1": "checkpoint-20"}}')
+    (run / "scores.jsonl").write_text(json.dumps(score) + "\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.json").write_text('{"noise": "exchanged", "share": 0.3}')
+    (row,) = rows_module.collect(tmp_path, "x")
+    assert row["learning_rate"] == 3e-4 and row["step"] == 20 and row["minutes"] == 1.5 and row["selected"]
+    assert row["objective"] == "convex" and row["k"] == 1.0 and row["role"] == "test" and row["noise_share"] == 0.3
+    found = figure.points([row, row | {"test_set": "u", "score": 13.5}], "x", "bleu")
+    assert found == {("convex-k1", "greedy"): [13.0]}
+    assert figure.draw(found, "a title", "BLEU").startswith("<svg xmlns=")
+
+
+def test_student_interval_of_three() -> None:
+    low, high = intervals.student_interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2.0)
+    assert (high - low) / 2 == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert intervals.student_interval([1.0]) is None
+
+
+def test_data_of_multi30k(shared_data: Path, tmp_path: Path) -> None:
+    about = make_data.make(shared_data / "multi30k", tmp_path / "d", "de-en", "exchanged", 0.5, 1, 600)
+    assert about["records"] == 29000 and 14500 <= about["clean"] < 14520
+    first = json.loads((tmp_path / "d" / "train.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert set(first) == {"instruction", "input", "output", "clean"}
+    assert first["instruction"] == "Translate the following sentences from German to English."
+    assert len((tmp_path / "d" / "val500.de").read_text(encoding="utf-8").split("\n")) == 501

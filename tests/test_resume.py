@@ -1,0 +1,377 @@
+"""A run that is killed at any moment goes on as if it had not been, and never loses its last good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convexlm import checkpoints, cli, durable
+from convexlm.checkpoints import COMPLETE_FILE, INVENTORY_FILE, SAVING_FILE, complete_checkpoints
+from convexlm.metrics_file import read_metrics
+from trainer_helpers import assert_same_weights, make, trained
+from training_helpers import Run, environment, rows, train, words, write_model_files, write_records
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model with dropout, whose training depends on the random state, and data."""
+    folder = tmp_path_factory.mktemp("files")
+    write_model_files(folder / "model")
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
+    write_records(folder / "data.jsonl", 25, weights=True)
+    write_records(folder / "eval.jsonl", 3, seed=5)
+    return folder
+
+
+def given(files, **settings):
+    made = {
+        "config_name": files / "model",
+        "tokenizer_name": files / "model",
+        "dataset": files / "data.jsonl",
+        "max_steps": 8,
+        "save_steps": 4,
+        "logging_steps": 3,
+        "per_device_train_batch_size": 4,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+    }
+    return {**made, **settings}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(folder, **given(files)) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def metrics(folder):
+    return [
+        {key: value for key, value in line.items() if not key.endswith(("_runtime", "_per_second"))}
+        for line in read_metrics(folder)
+    ]
+
+
+def assert_same_run(got, wanted, step=8):
+    assert metrics(got) == metrics(wanted)
+    theirs = Run(wanted, step).weights
+    for name, value in Run(got, step).weights.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+# -- kill -9
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(files, tmp_path):
+    """At random moments of 60 steps with dropout, accumulation, evaluation and rotation, and while saving."""
+    options = words(
+        config_name=files / "model",
+        tokenizer_name=files / "model",
+        dataset=files / "data.jsonl",
+        eval_dataset=files / "eval.jsonl",
+    )
+    script = Path(__file__).with_name("killing.py")
+    made = {**environment(), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "20", "1", *options], env=made, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    wanted = result["wanted"]
+    assert result["killed"] == 20 and result["rounds"]
+    assert result["lost"] == []  # (newest complete checkpoint before, after) wherever one had gone
+    assert wanted["folders"] == ["checkpoint-50", "checkpoint-60"] == sorted(wanted["weights"])
+    steps = [line["step"] for line in wanted["metrics"] if "loss" in line]
+    assert steps == list(range(3, 61, 3))
+    for number, one in enumerate(result["rounds"]):
+        assert one == wanted, number
+    assert "going on from checkpoint-" in result["log"] and "not written to the end" in result["log"]
+    assert "Traceback" not in result["log"]
+
+
+def test_a_log_between_two_saves_is_whole_after_resuming(files, undisturbed, copied):
+    """Steps 3 and 6 are logged and step 4 is saved: it counts in the log at 6."""
+    shutil.rmtree(copied / "checkpoint-8")
+    assert train(copied, "--resume", **given(files)) == 0
+    assert_same_run(copied, undisturbed)
+    assert [line["step"] for line in read_metrics(copied)] == [3, 6]
+
+
+def test_what_belongs_to_the_end_of_an_epoch_is_not_lost(files, tmp_path, monkeypatch):
+    """Saved at the last step of an epoch, and stopped before the epoch's own log and evaluation."""
+    options = given(files, eval_dataset=files / "eval.jsonl", eval_strategy="epoch", logging_strategy="epoch",
+                    max_steps=14, save_steps=7)  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, **options) == 0
+    assert [line["step"] for line in read_metrics(whole)] == [7, 7, 14, 14]
+    from convexlm.trainer import ConvexTrainer
+
+    class PowerCutError(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConvexTrainer, "evaluate", lambda self, *a, **k: (_ for _ in ()).throw(PowerCutError))
+        with pytest.raises(PowerCutError):
+            train(broken, **options)
+    assert complete_checkpoints(broken) == []
+    assert train(broken, "--resume", **options) == 0
+    assert_same_run(broken, whole, step=14)
+
+
+def test_evaluation_on_start_is_not_done_twice(files, tmp_path):
+    options = given(files, eval_dataset=files / "eval.jsonl", eval_on_start=True)
+    assert train(tmp_path / "run", **options) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    assert train(tmp_path / "run", "--resume", **options) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 3, 6]
+
+
+# -- checkpoints that are none
+
+
+def spoil_nothing_but_the_marker(folder):
+    (folder / COMPLETE_FILE).rename(folder / SAVING_FILE)
+    (folder / "model-00002-of-00002.safetensors").write_text("of another run")
+
+
+def spoil_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_optimizer(folder):
+    (folder / "optimizer.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_nothing_but_the_marker, "checkpoint-8: not written to the end (the run was stopped while saving); rem"),
+        (spoil_weights, "bytes, "),
+        (spoil_optimizer, "checkpoint-8: optimizer.pt is missing; passed over"),
+    ],
+    ids=["marker", "weights", "optimizer"],
+)  # fmt: skip
+def test_a_broken_checkpoint_is_named_and_passed_over(files, undisturbed, copied, capfd, spoil, said):
+    spoil(copied / "checkpoint-8")
+    assert train(copied, "--resume", **given(files)) == 0
+    err = capfd.readouterr().err
+    assert said in err and "going on from checkpoint-4" in err
+    assert_same_run(copied, undisturbed)
+    names = {path.name for path in (undisturbed / "checkpoint-8").iterdir()}
+    assert {path.name for path in (copied / "checkpoint-8").iterdir()} == names
+
+
+def test_what_others_left_is_passed_over_and_not_deleted(files, tmp_path, capfd):
+    theirs = tmp_path / "run" / "checkpoint-100"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("somebody's")
+    assert train(tmp_path / "run", "--resume", **given(files, max_steps=2, save_steps=2)) == 0
+    assert "passed over" in capfd.readouterr().err
+    assert (theirs / "model.safetensors").read_text() == "somebody's"
+
+
+def test_without_the_optimizer_training_begins_again(files, undisturbed, tmp_path, capfd):
+    run = tmp_path / "run"
+    options = given(files, save_only_model=True)
+    assert train(run, **options) == 0
+    assert not (run / "checkpoint-4" / "optimizer.pt").exists()
+    assert train(run, "--resume", **options) == 0  # it was done: nothing to go on with
+    shutil.rmtree(run / "checkpoint-8")
+    capfd.readouterr()
+    assert train(run, "--resume", **options) == 0
+    assert "checkpoint-4: has no optimizer state (save_only_model)" in capfd.readouterr().err
+    assert_same_run(run, undisturbed)
+
+
+class PowerCutError(BaseException):
+    """Nothing catches it, as nothing catches a power cut."""
+
+
+@pytest.mark.parametrize("moment", ["sync_tree", "rotate", "remove_checkpoint"])
+def test_rotation_never_takes_the_last_good_checkpoint(files, undisturbed, tmp_path, monkeypatch, moment):
+    """Stopped before the new one is whole, before the old one goes, and while it goes."""
+    run, options = tmp_path / "run", given(files, save_total_limit=1)
+    module = durable if moment == "rotate" else checkpoints
+    real = getattr(module, moment)
+
+    def cut(path, *rest):
+        if moment == "remove_checkpoint":
+            (path / COMPLETE_FILE).replace(path / SAVING_FILE)
+        if (run / "checkpoint-8").exists():
+            raise PowerCutError
+        return real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, cut)
+        with pytest.raises(PowerCutError):
+            train(run, **options)
+    good = [path.name for path in complete_checkpoints(run)]
+    assert (
+        good
+        == {
+            "sync_tree": ["checkpoint-4"],
+            "rotate": ["checkpoint-4", "checkpoint-8"],
+            "remove_checkpoint": ["checkpoint-8"],
+        }[moment]
+    )
+    assert train(run, "--resume", **options) == 0
+    assert_same_run(run, undisturbed)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_the_best_checkpoint_stays(files, tmp_path):
+    options = given(files, eval_dataset=files / "eval.jsonl", eval_strategy="steps", eval_steps=2, save_steps=2,
+                    save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="loss", max_steps=8,
+                    greater_is_better=True, learning_rate=0.01)  # fmt: skip
+    assert train(tmp_path / "run", **options) == 0
+    evaluated = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    best = max(evaluated, key=lambda step: evaluated[step])
+    names = {path.name for path in complete_checkpoints(tmp_path / "run")}
+    assert names == {f"checkpoint-{best}", "checkpoint-8"} or (best == 8 and len(names) == 2)
+
+
+# -- in a script
+
+
+def test_a_script_resumes_exactly_and_gets_no_marker(tmp_path):
+    from convexlm import ConvexTrainer
+
+    settings = {"max_steps": 8, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
+                "optim": "adamw_torch", "lr_scheduler_type": "linear", "learning_rate": 0.01}  # fmt: skip
+    data = rows(10, weights=True)
+    whole = trained(tmp_path / "whole", data, **settings)
+    assert [path.name for path in sorted((tmp_path / "whole").glob("checkpoint-*"))] == [
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    assert not list((tmp_path / "whole").rglob(COMPLETE_FILE)) and not list((tmp_path / "whole").rglob(SAVING_FILE))
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-8")
+    again = make(tmp_path / "whole", data, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert isinstance(again, ConvexTrainer)
+    assert_same_weights(again, whole, rtol=0, atol=0)
+    keep = lambda trainer: [line for line in trainer.state.log_history if "train_runtime" not in line]  # noqa: E731
+    assert keep(again) == keep(whole)
+
+
+# -- what could be run, and what could be told
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_is_not_run(files, copied, tmp_path, capfd, name):
+    shutil.rmtree(copied / "checkpoint-8")
+    inventory = copied / "checkpoint-4" / INVENTORY_FILE
+    content = json.loads(inventory.read_text())
+    torch.save({"state": Payload(tmp_path / "executed")}, copied / "checkpoint-4" / name)
+    content["files"][name] = (copied / "checkpoint-4" / name).stat().st_size
+    inventory.write_text(json.dumps(content))
+    assert train(copied, "--resume", **given(files)) == 2
+    assert not (tmp_path / "executed").exists()
+    err = capfd.readouterr().err
+    assert "checkpoint-4" in err and "Traceback" not in err
+
+
+def test_weights_in_a_pickle_are_refused(files, tmp_path, capfd):
+    folder = tmp_path / "model"
+    shutil.copytree(files / "model", folder)
+    torch.save({"x": Payload(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    options = {key: value for key, value in given(files).items() if key not in ("config_name", "tokenizer_name")}
+    assert train(tmp_path / "run", model_name_or_path=folder, **options) == 2
+    assert "no weights in safetensors format" in capfd.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "data.pt", "data.jsonl", "folder", "streamed"])
+def test_data_in_a_pickle_are_refused(files, tmp_path, capfd, name):
+    path = tmp_path / name
+    if name in ("folder", "streamed"):
+        path.mkdir()
+        (path / "loader.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n")
+    target = path / "train.pkl" if path.is_dir() else path
+    target.write_bytes(pickle.dumps([Payload(tmp_path / "executed")]))
+    streaming = {"streaming": True} if name == "streamed" else {}
+    assert train(tmp_path / "run", **given(files, dataset=path, **streaming)) == 2
+    err = capfd.readouterr().err
+    assert name.split(".")[0] in err and "Traceback" not in err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_code_of_a_model_runs_by_the_flag_alone(files, tmp_path, capfd, monkeypatch, flag):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    shutil.copytree(files / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import os\nos.makedirs({str(tmp_path / 'executed')!r}, exist_ok=True)\n"
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    options = given(files, config_name=folder, max_steps=1)
+    code = train(tmp_path / "run", **options, **({"trust_remote_code": True} if flag else {}))
+    assert code == 2  # with the flag, too: there is no model class for the config
+    assert (tmp_path / "executed").exists() == flag
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err and out == ""  # nobody is asked on the terminal, either
+
+
+def test_tokens_are_written_nowhere(files, tmp_path, monkeypatch, capfd):
+    secrets = ("hf_SecretOfTheOption", "hf_SecretOfTheEnvironment")
+    monkeypatch.setenv("HF_TOKEN", secrets[1])
+    options = given(files, hub_token=secrets[0], max_steps=2, save_steps=2)
+    assert train(tmp_path / "run", "--json", **options) == 0
+    files_written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files_written)
+    assert any(path.name == "README.md" for path in files_written)
+    for path in files_written:
+        assert not any(secret.encode() in path.read_bytes() for secret in secrets), path
+    assert not any(secret in text for text in capfd.readouterr() for secret in secrets)
+
+
+def test_push_to_hub_is_transformers_own(files, tmp_path, monkeypatch):
+    """The option reaches transformers, which asks the hub for the repository with the token."""
+    asked = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            asked.append((name, kwargs.get("token"), kwargs.get("private")))
+            raise OSError("no network here")
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    options = given(files, push_to_hub=True, hub_model_id="someone/model", hub_token="hf_x", hub_private_repo=True)
+    assert train(tmp_path / "run", **options) == 2
+    assert asked == [("someone/model", "hf_x", True)]
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(files, copied, capfd):
+    assert cli.main(["train", *words(**given(files), output_dir=copied)]) == 2
+    assert "--resume" in capfd.readouterr().err
