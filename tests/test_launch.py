@@ -146,10 +146,12 @@ def torchrun(*argv):
 
 
 def test_under_torchrun_nothing_is_launched_again(files, tmp_path):
+    before = set(children(os.getpid()))
     code, out, err = torchrun(*options(files, tmp_path / "run", "--json", num_processes=2, max_steps=2, save_steps=2))
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
-    assert (tmp_path / "run/checkpoint-2/rng_state_1.pth").is_file() and not children(os.getpid())
+    assert (tmp_path / "run/checkpoint-2/rng_state_1.pth").is_file()
+    assert set(children(os.getpid())) <= before  # other tests of this process may have left some
 
 
 def test_under_a_launcher_another_number_or_file_is_refused(files, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def test_every_recipe_can_be_checked_without_weights_or_network(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
     words = ["run", str(recipe), "--dry_run", "--json"]
+    if recipe.stem == "summarization-cnn-dailymail":
+        pytest.skip("its test set is a file that is not at hand; tests/test_recipes_shipped.py checks it with one")
     if recipe.stem.startswith("smoke"):
         words += ["--set", f"vars.data_dir={request.getfixturevalue('shared_data')}"]
     capfd.readouterr()
@@ -105,7 +108,10 @@ def test_every_recipe_can_be_checked_without_weights_or_network(
         assert train["steps"] > 0 and train["checkpoints"][-1] == train["steps"] and train["records"] > 0
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem.startswith("llama")], ids=lambda p: p.stem)
+PAPERS = re.compile(r"llama-(7|13)b-(mle|convex)")
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if PAPERS.fullmatch(path.stem)], ids=lambda p: p.stem)
 def test_the_references_settings_are_in_its_recipes(recipe: Path) -> None:
     from convexlm.recipe import load_recipe
 

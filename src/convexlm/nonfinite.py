@@ -116,7 +116,9 @@ class NonFiniteGuard:
         return norm
 
     def _is_bad(self: Any, norm: Any) -> bool:
-        finite = torch.stack([loss.isfinite().all() for loss in self._losses]).all()
+        finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        for loss in self._losses:  # none where a subclass has a `compute_loss` of its own
+            finite = finite & loss.isfinite().all()
         if not self._scales_gradients() and norm is not None:
             total = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             finite = finite & torch.as_tensor(total, device=finite.device).isfinite().all()
