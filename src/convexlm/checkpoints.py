@@ -8,14 +8,13 @@ of another size, is passed over.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.files import sync_folder, write_atomic
+from convexlm.files import sync, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,13 +131,8 @@ def sync_tree(folder: Path) -> dict[str, int]:
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root) / name
-            with contextlib.suppress(OSError):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-                sizes[str(path.relative_to(folder))] = path.stat().st_size
+            sync(path)
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
         sync_folder(Path(root))
     return sizes
 

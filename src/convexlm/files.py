@@ -46,8 +46,13 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, where the platform can."""
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Write a file or folder through to the disk, where the platform can."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
