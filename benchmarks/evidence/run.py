@@ -103,8 +103,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the final runs; tuning has 1")
     parser.add_argument("--base_checkpoint", type=Path, help="start from this one, without the stage `base`")
-    parser.add_argument("--arms", nargs="+", help="some of those in arms.yaml; by default all that the noise allows")
+    parser.add_argument("--recipe", type=Path, default=RECIPES / "arms.yaml", help="whose arms are run")
+    parser.add_argument("--arms", nargs="+", help="some of the recipe's; by default all that the noise allows")
     parser.add_argument("--set", nargs="+", default=[], help="changes to the arms' recipes, as of `convexlm run`")
+    parser.add_argument("--set_base", nargs="+", default=[], help="likewise, to base.yaml")
     parser.add_argument("--stop_after", choices=["data", "base", "tune", "final"], default="final")
     parser.add_argument("--vocab_size", type=int, default=4000)
     parser.add_argument(
@@ -120,11 +122,12 @@ def main() -> None:
     variables = {"data_dir": str(data), "pair": args.pair}
     base = args.base_checkpoint and args.base_checkpoint.resolve()
     if stages[args.stop_after] >= 1 and base is None:
-        run(RECIPES / "base.yaml", folder / "base", [f"vars.{key}={value}" for key, value in variables.items()], log)
+        settings = [*(f"vars.{key}={value}" for key, value in variables.items()), *args.set_base]
+        run(RECIPES / "base.yaml", folder / "base", settings, log)
         chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
-    arms = yaml.safe_load((RECIPES / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    arms = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))["arms"]
     if not args.share:  # nothing to clean
         arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
     arms = {arm: arms[arm] for arm in args.arms or arms}
