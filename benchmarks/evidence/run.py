@@ -127,7 +127,8 @@ def main() -> None:
         chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
-    arms = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))["arms"]
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    arms, more = recipe["arms"], {key: recipe[key] for key in ("plugins",) if key in recipe}
     if not args.share:  # nothing to clean
         arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
     arms = {arm: arms[arm] for arm in args.arms or arms}
@@ -139,13 +140,13 @@ def main() -> None:
             command = [sys.executable, str(HERE / "filter_data.py"), *words]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             (data / "filter.json").write_text(out, encoding="utf-8")
-        write_yaml(folder / "tune.yaml", tune_recipe(arms, args.rates, variables))
+        write_yaml(folder / "tune.yaml", tune_recipe(arms, args.rates, variables) | more)
         run(folder / "tune.yaml", folder / "tune", args.set, log)
         best = choose(read_jsonl(folder / "tune" / "scores.jsonl"))
         (folder / "chosen.json").write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
     # A run folder a seed: `convexlm run` takes no further seed into a folder.
     for seed in args.seeds if stages[args.stop_after] >= 3 else []:
-        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(arms, best, seed, variables))
+        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(arms, best, seed, variables) | more)
         if seed == TUNING_SEED:
             rates = {arm: entry["learning_rate"] for arm, entry in best.items()}
             adopt(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", folder / "tune", rates, args.set)

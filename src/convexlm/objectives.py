@@ -139,6 +139,15 @@ class Objective:
         """The objective `fraction` of the way from maximum likelihood; one without a k stays as it is."""
         return self
 
+    def for_lengths(self, lengths: Tensor) -> Objective:
+        """The objective of sequences with these numbers of target tokens: itself, unless a subclass says otherwise.
+
+        Args:
+            lengths: (n,) float64, at least 1; all 1 at level "token". What is returned is then asked for `value` and
+                `weight` at m of the same shape.
+        """
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Name and settings, JSON-ready; `get_objective(**d)` gives the objective back."""
         return {"name": self.name, **asdict(self)}
@@ -202,8 +211,9 @@ class Objective:
         points = torch.where(used, log_p, -1.0) if by_token else means
         here = used if by_token else present
         repeats = a_token if by_token else a_sequence
-        values = torch.where(here, self.mixed_value(points), 0.0)
-        weights = torch.where(here, self.mixed_weight(points.detach()), 0.0)
+        function = self.for_lengths(torch.ones_like(points) if by_token else lengths.clamp(min=1))
+        values = torch.where(here, function.mixed_value(points), 0.0)
+        weights = torch.where(here, function.mixed_weight(points.detach()), 0.0)
         share = repeats
         if by_token and not by_length:
             share = repeats / torch.cat([lengths.clamp(min=1), lengths.new_ones(1)])[segments]

@@ -186,7 +186,8 @@ def record_weights(sample: Sample, objective: Objective) -> tuple[np.ndarray, np
     its record's weight says.
     """
     if objective.level != "token":
-        weights = _apply(objective.mixed_weight, sample.m)
+        lengths = torch.from_numpy(np.asarray(sample.lengths, dtype=np.float64))
+        weights = _apply(objective.for_lengths(lengths).mixed_weight, sample.m)
         return weights, weights, sample.weights
     if sample.log_probs is None:
         raise ValueError("an objective of level token needs the log-probabilities of the tokens")

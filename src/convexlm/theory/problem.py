@@ -71,9 +71,11 @@ def _numbers(name: str, values: Any) -> Floats:
 def as_objective(objective: str | Objective, settings: dict[str, Any]) -> Objective:
     """The objective, looked up with its settings if it is given by name."""
     if isinstance(objective, str):
-        return get_objective(objective, **settings)
+        return as_objective(get_objective(objective, **settings), {})
     if settings:
         raise ValueError(f"settings ({', '.join(settings)}) go with an objective's name, not with an objective")
+    if type(objective).for_lengths is not Objective.for_lengths:
+        raise ValueError(f"objective `{objective.name}` depends on the length: its optimum is not worked out here")
     return objective
 
 
