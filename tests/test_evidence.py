@@ -102,14 +102,15 @@ def test_the_chosen_is_the_best_on_validation_and_of_equals_the_first() -> None:
 def test_the_made_recipes_are_recipes(tmp_path: Path) -> None:
     from convexlm.recipe import load_recipe
 
-    arms = yaml.safe_load((run_module.RECIPES / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    recipe = run_module.RECIPES / "arms.yaml"
+    arms = yaml.safe_load(recipe.read_text(encoding="utf-8"))["arms"]
     variables = {"data_dir": "DATA", "pair": "de-en", "base": "BASE"}
-    run_module.write_yaml(tmp_path / "tune.yaml", run_module.tune_recipe(arms, [3e-4, 1e-3], variables))
+    run_module.write_yaml(tmp_path / "tune.yaml", run_module.tune_recipe(recipe, arms, [3e-4, 1e-3], variables))
     tune = load_recipe(tmp_path / "tune.yaml")
     assert len(tune.arms) == 2 * len(arms) and tune.arm("mle.lr0.001").train["learning_rate"] == 1e-3
     assert [one["name"] for one in tune.test_sets] == ["val500"] and tune.selection["on"] == "last"
     chosen = {arm: {"learning_rate": 0.5} for arm in arms}
-    run_module.write_yaml(tmp_path / "final.yaml", run_module.final_recipe(arms, chosen, 7, variables))
+    run_module.write_yaml(tmp_path / "final.yaml", run_module.final_recipe(recipe, arms, chosen, 7, variables))
     final = load_recipe(tmp_path / "final.yaml")
     assert final.seeds == (7,) and {arm.train["learning_rate"] for arm in final.arms} == {0.5}
     assert final.selection["on"] == "validation" and len(final.test_sets) == 3

@@ -1,4 +1,4 @@
-"""An objective that depends on the length: `for_lengths`, by the plugin that the evidence's experiment on length uses."""
+"""An objective that depends on the length: `for_lengths`, by the plugin of the evidence's experiment on length."""
 
 from __future__ import annotations
 

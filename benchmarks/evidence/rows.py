@@ -30,7 +30,13 @@ def collect(folder: Path, experiment: str) -> list[dict[str, Any]]:
     data = json.loads((folder / "data" / "data.json").read_text(encoding="utf-8"))
     out: list[dict[str, Any]] = []
     for stage in ("base", "tune", "final"):
-        about = {"experiment": experiment, "stage": stage, "noise": data["noise"], "noise_share": data["share"]}
+        about = {
+            "experiment": experiment,
+            "stage": stage,
+            "noise": data.get("noise"),
+            "noise_share": data.get("share"),
+        }
+        about |= {key: data[key] for key in ("variants",) if key in data}
         for run in sorted(path.parent for path in folder.glob(f"{stage}*/scores.jsonl")):
             out += [about | row for row in run_rows(run, validation_only=stage == "tune")]
     return out

@@ -5,7 +5,7 @@ r"""One experiment of the evidence, from Multi30k's files to rows: data, base mo
 
 WORK/NAME/ (NAME is `multi30k-en-de-exchanged-30`) gets `data/` and run folders of `convexlm run`: `base`
 (recipes/evidence/base.yaml), `tune` and `final-seedN` (both made from recipes/evidence/arms.yaml). What is done is
-skipped, so the same command goes on where it was stopped.
+skipped, so the same command goes on where it was stopped. Other data (`--data_dir`) and recipes go the same way.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from convexlm.recipe_text import with_parents
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,20 +37,27 @@ RECIPES = HERE.parents[1] / "recipes" / "evidence"
 TUNING_SEED = 1
 
 
-def tune_recipe(arms: dict[str, Any], rates: list[float], variables: dict[str, str]) -> dict[str, Any]:
-    """The recipe `tune`: every arm with every learning rate, one seed, scored on validation alone."""
-    files = {key: f"${{data_dir}}/val500.{{{side}}}" for key, side in (("sources", "src"), ("references", "tgt"))}
+def tune_recipe(recipe: Path, arms: dict[str, Any], rates: list[float], variables: dict[str, str]) -> dict[str, Any]:
+    """The recipe `tune`: every arm with every learning rate, one seed, scored on validation alone.
+
+    Args:
+        recipe: the arms' recipe file, which it extends.
+        arms: those of the recipe's that are run.
+        rates: the learning rates.
+        variables: the recipe's `vars`.
+    """
+    raw = with_parents(recipe, ())
     return {
-        "extends": str(RECIPES / "arms.yaml"),
+        "extends": str(recipe.resolve()),
         "name": "evidence-tune",
         "vars": variables,
         "seeds": [TUNING_SEED],
         "arms": {f"{name}.lr{rate:g}": {**arm, "learning_rate": rate} for name, arm in arms.items() for rate in rates},
         # The recipe's `test_sets` is the validation set: no test set is looked at here.
-        "test_sets": [{"name": "val500", "pairs": ["${pair}"], **files}],
+        "test_sets": raw["validation_sets"],
         "validation_sets": None,
         "selection": "last",
-        "decode": {"searches": [{"num_beams": 1, "max_new_tokens": 60}]},
+        "decode": {"searches": raw["decode"]["searches"][:1]},
         "compare": {"baseline": f"{next(iter(arms))}.lr{rates[0]:g}", "n_samples": 20},
     }
 
@@ -69,11 +78,11 @@ def choose(scores: list[dict[str, Any]], metric: str = "bleu") -> dict[str, dict
 
 
 def final_recipe(
-    arms: dict[str, Any], chosen: dict[str, dict[str, Any]], seed: int, variables: dict[str, str]
+    recipe: Path, arms: dict[str, Any], chosen: dict[str, dict[str, Any]], seed: int, variables: dict[str, str]
 ) -> dict[str, Any]:
     """The recipe `final`: every arm with its own learning rate; the stopping step is chosen on validation."""
     return {
-        "extends": str(RECIPES / "arms.yaml"),
+        "extends": str(recipe.resolve()),
         "name": "evidence-final",
         "vars": variables,
         "seeds": [seed],
@@ -95,7 +104,9 @@ def run(recipe: Path, run_dir: Path, overrides: Sequence[str], log: Path) -> Non
 def main() -> None:
     """Read the command line and run what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--multi30k", type=Path, required=True)
+    data_group = parser.add_mutually_exclusive_group(required=True)
+    data_group.add_argument("--multi30k", type=Path, help="folder with Multi30k's files")
+    data_group.add_argument("--data_dir", type=Path, help="data that are made already, as make_ambiguity.py does")
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--pair", default="en-de", choices=["en-de", "de-en"])
     parser.add_argument("--noise", default="exchanged", choices=list(KINDS))
@@ -103,6 +114,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the final runs; tuning has 1")
     parser.add_argument("--base_checkpoint", type=Path, help="start from this one, without the stage `base`")
+    parser.add_argument("--name", help="of the experiment; by default from pair, noise and share")
+    parser.add_argument("--base_recipe", type=Path, default=RECIPES / "base.yaml")
     parser.add_argument("--recipe", type=Path, default=RECIPES / "arms.yaml", help="whose arms are run")
     parser.add_argument("--arms", nargs="+", help="some of the recipe's; by default all that the noise allows")
     parser.add_argument("--set", nargs="+", default=[], help="changes to the arms' recipes, as of `convexlm run`")
@@ -113,9 +126,14 @@ def main() -> None:
         "--rows", type=Path, help="file to append the experiment's rows to (its old ones are replaced)"
     )
     args = parser.parse_args()
-    name = f"multi30k-{args.pair}-" + (f"{args.noise}-{round(100 * args.share)}" if args.share else "clean")
+    name = args.name or f"multi30k-{args.pair}-" + (
+        f"{args.noise}-{round(100 * args.share)}" if args.share else "clean"
+    )
     folder = args.work_dir.resolve() / name
     data, log = folder / "data", folder / "log.txt"
+    if args.data_dir and not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        data.symlink_to(args.data_dir.resolve())
     if not (data / "data.json").exists():
         make(args.multi30k, data, args.pair, args.noise, args.share, 1, args.vocab_size)
     stages = {"data": 0, "base": 1, "tune": 2, "final": 3}
@@ -123,13 +141,12 @@ def main() -> None:
     base = args.base_checkpoint and args.base_checkpoint.resolve()
     if stages[args.stop_after] >= 1 and base is None:
         settings = [*(f"vars.{key}={value}" for key, value in variables.items()), *args.set_base]
-        run(RECIPES / "base.yaml", folder / "base", settings, log)
+        run(args.base_recipe, folder / "base", settings, log)
         chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
-    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    arms, more = recipe["arms"], {key: recipe[key] for key in ("plugins",) if key in recipe}
-    if not args.share:  # nothing to clean
+    arms = with_parents(args.recipe, ())["arms"]
+    if not args.share or args.data_dir:  # nothing to clean
         arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
     arms = {arm: arms[arm] for arm in args.arms or arms}
     if stages[args.stop_after] >= 2:
@@ -140,13 +157,13 @@ def main() -> None:
             command = [sys.executable, str(HERE / "filter_data.py"), *words]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             (data / "filter.json").write_text(out, encoding="utf-8")
-        write_yaml(folder / "tune.yaml", tune_recipe(arms, args.rates, variables) | more)
+        write_yaml(folder / "tune.yaml", tune_recipe(args.recipe, arms, args.rates, variables))
         run(folder / "tune.yaml", folder / "tune", args.set, log)
         best = choose(read_jsonl(folder / "tune" / "scores.jsonl"))
         (folder / "chosen.json").write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
     # A run folder a seed: `convexlm run` takes no further seed into a folder.
     for seed in args.seeds if stages[args.stop_after] >= 3 else []:
-        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(arms, best, seed, variables) | more)
+        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(args.recipe, arms, best, seed, variables))
         if seed == TUNING_SEED:
             rates = {arm: entry["learning_rate"] for arm, entry in best.items()}
             adopt(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", folder / "tune", rates, args.set)

@@ -1,9 +1,9 @@
-"""`tempered`: convex with k in proportion to each target's length, k_i = c T_i. A plugin, for the experiment on length.
+"""`tempered`: convex with k in proportion to each target's length, k_i = c T_i. A plugin, for one experiment.
 
 With token length weighting the expected loss is, up to constants, -sum_i d_i (p_i^c - 1) / c, of the whole sequence's
 probability p_i: T_i has dropped out. So the optimum is p_i proportional to d_i^(1 / (1 - c)), the data at temperature
-1 - c, at *any* lengths, where `convex` has temperature 1 - k / T_i and no one temperature at unequal lengths. The price
-is the weight p_i^c = exp(c T_i m_i), which falls exponentially with the length.
+1 - c, at *any* lengths, where `convex` has temperature 1 - k / T_i and no one temperature at unequal lengths. The
+price is the weight p_i^c = exp(c T_i m_i), which falls exponentially with the length.
 """
 
 from __future__ import annotations
