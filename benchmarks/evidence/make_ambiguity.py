@@ -8,7 +8,7 @@ order, that share 0.6 evenly. `choices` says in which slots a free translation m
 and a particle or none. From 1 on the plain translation is the most probable one, while most of the probability of the
 first word is on the free ones.
 
-Writes train.jsonl (alpaca records), val500.LANG, test.LANG (1,000 sentences, one sampled reference), truth.jsonl (a
+Writes tokenizer/, train.jsonl (alpaca records), val500.LANG, test.LANG (1,000 sentences, one sampled reference), truth.jsonl (a
 line a test sentence: every translation with its probability) and data.json.
 """
 
@@ -32,6 +32,7 @@ from convexlm.tinyworld import german, lexicon  # noqa: E402
 from convexlm.tinyworld.corpus import sample_corpus  # noqa: E402
 from convexlm.tinyworld.german import noun_phrase  # noqa: E402
 from convexlm.tinyworld.style import PLAIN, Style  # noqa: E402
+from convexlm.tinyworld.tokenizer import train_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
     from convexlm.tinyworld.corpus import Pair
@@ -101,6 +102,9 @@ def main() -> None:
                 for pair, target in zip(pairs, targets, strict=True)
             ]
             write_rows(args.output_dir / "train.jsonl", rows)
+            # From the corpus itself, so that every number of choices has the same tokens.
+            texts = [text for pair in pairs for text in (pair.source, pair.target)]
+            train_tokenizer(texts, template="prompt_no_alpaca").save_pretrained(args.output_dir / "tokenizer")
             continue
         write_lines(args.output_dir / f"{name}.en", [pair.source for pair in pairs])
         write_lines(args.output_dir / f"{name}.de", targets)
