@@ -8,8 +8,8 @@ order, that share 0.6 evenly. `choices` says in which slots a free translation m
 and a particle or none. From 1 on the plain translation is the most probable one, while most of the probability of the
 first word is on the free ones.
 
-Writes tokenizer/, train.jsonl (alpaca records), val500.LANG, test.LANG (1,000 sentences, one sampled reference), truth.jsonl (a
-line a test sentence: every translation with its probability) and data.json.
+Writes tokenizer/, train.jsonl (alpaca records), val500.LANG, test.LANG (1,000 sentences, one sampled reference),
+truth.jsonl (a line a test sentence: every translation with its probability) and data.json.
 """
 
 from __future__ import annotations
