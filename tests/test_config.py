@@ -56,3 +56,8 @@ def test_precision_follows_the_device_unless_it_is_asked_for():
     assert config().bf16 is False
     assert config(bf16=True).bf16 is True
     assert config(fp16=True).bf16 is False
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_the_false_that_yaml_makes_of_no_is_no(name):
+    assert getattr(config(**{name: False}), name) == "no"

@@ -97,6 +97,9 @@ class ConvexConfig(SFTConfig):
         """Fill in what depends on the device, and refuse what no objective could honour."""
         if self.bf16 is None and not self.fp16:
             self.bf16 = _device_has_bf16(self.use_cpu)
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # what YAML makes of an unquoted `no`
+                setattr(self, name, "no")
         super().__post_init__()
         self.build_objective()
         if not 0.0 <= self.k_warmup <= 1.0:
