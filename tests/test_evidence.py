@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
 import figure  # noqa: E402
 import filter_data  # noqa: E402
 import intervals  # noqa: E402
+import judge_ambiguity  # noqa: E402
+import make_ambiguity  # noqa: E402
 import make_data  # noqa: E402
 import noise  # noqa: E402
 import rows as rows_module  # noqa: E402
@@ -153,3 +155,30 @@ def test_data_of_multi30k(shared_data: Path, tmp_path: Path) -> None:
     assert set(first) == {"instruction", "input", "output", "clean"}
     assert first["instruction"] == "Translate the following sentences from German to English."
     assert len((tmp_path / "d" / "val500.de").read_text(encoding="utf-8").split("\n")) == 501
+
+
+def test_ambiguity_has_one_best_translation_and_even_others() -> None:
+    from convexlm.tinyworld.corpus import sample_corpus
+    from convexlm.tinyworld.grammar import translations
+
+    pairs, before = sample_corpus("en-de", 8, 5), [0] * 8
+    for choices in range(6):
+        for number, pair in enumerate(pairs):
+            found = make_ambiguity.distribution(pair, choices)
+            valid = translations(pair.source, "en-de")
+            plain, *free = found
+            assert set(found) <= set(valid)  # the grammar's own words and order
+            assert sum(found.values()) == pytest.approx(1.0) and found[plain] == 0.4
+            assert plain == next(iter(valid))
+            assert [found[text] for text in free] == pytest.approx([0.6 / len(free)] * len(free))
+            assert len(free) == 1 if choices == 0 else len(free) >= before[number]
+            before[number] = len(free)
+    assert max(before) >= 32
+
+
+def test_judging_ambiguity() -> None:
+    truths = [{"a": 0.4, "b": 0.6}, {"a": 0.4, "b": 0.3, "c": 0.3}, {"a": 1.0}, {"a": 1.0}]
+    found = judge_ambiguity.measure(["b", "b", "", "a"], truths)
+    assert found == {"mode_share": 50.0, "valid_share": 75.0, "mean_probability": pytest.approx(100 * 1.9 / 4)}
+    with pytest.raises(ValueError):
+        judge_ambiguity.measure(["b"], truths)

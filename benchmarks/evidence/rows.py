@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -76,3 +77,11 @@ def run_rows(run: Path, *, validation_only: bool = False) -> list[dict[str, Any]
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every record of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The records as JSON Lines, the file whole or as it was."""
+    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    staging = path.with_suffix(".tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)

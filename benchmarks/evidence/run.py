@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adopt import adopt  # noqa: E402
 from make_data import make  # noqa: E402
 from noise import KINDS  # noqa: E402
-from rows import collect, read_jsonl  # noqa: E402
+from rows import collect, read_jsonl, write_jsonl  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,10 +170,7 @@ def main() -> None:
     if args.rows:
         fresh = collect(folder, name)
         old = [row for row in read_jsonl(args.rows) if row["experiment"] != name] if args.rows.exists() else []
-        text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in [*old, *fresh])
-        staging = args.rows.with_suffix(".tmp")
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, args.rows)
+        write_jsonl(args.rows, [*old, *fresh])
 
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
