@@ -162,7 +162,7 @@ def test_ambiguity_has_one_best_translation_and_even_others() -> None:
     from convexlm.tinyworld.grammar import translations
 
     pairs, before = sample_corpus("en-de", 8, 5), [0] * 8
-    for choices in range(6):
+    for choices in range(5):
         for number, pair in enumerate(pairs):
             found = make_ambiguity.distribution(pair, choices)
             valid = translations(pair.source, "en-de")
@@ -173,7 +173,7 @@ def test_ambiguity_has_one_best_translation_and_even_others() -> None:
             assert [found[text] for text in free] == pytest.approx([0.6 / len(free)] * len(free))
             assert len(free) == 1 if choices == 0 else len(free) >= before[number]
             before[number] = len(free)
-    assert max(before) >= 32
+    assert max(before) >= 16
 
 
 def test_judging_ambiguity() -> None:
