@@ -182,3 +182,16 @@ def test_judging_ambiguity() -> None:
     assert found == {"mode_share": 50.0, "valid_share": 75.0, "mean_probability": pytest.approx(100 * 1.9 / 4)}
     with pytest.raises(ValueError):
         judge_ambiguity.measure(["b"], truths)
+
+
+def test_parts_by_length_share_out_the_sentences() -> None:
+    from convexlm.significance import Corpus
+
+    references = [[" ".join("w" * n) for n in (3, 9, 5, 7, 5)]]
+    corpus = Corpus("t, final-seed1", "de", {"a": list("abcde"), "b": list("vwxyz")}, references, group="t")
+    parts = intervals.by_length([corpus])
+    (short,), (long,) = parts["short"], parts["long"]
+    assert short.systems == {"a": ["a", "c", "e"], "b": ["v", "x", "z"]} and long.systems["b"] == ["w", "y"]
+    assert [len(text.split()) for text in short.references[0]] == [3, 5, 5]
+    assert [len(text.split()) for text in long.references[0]] == [9, 7]
+    assert short.group == long.group == "t" and short.name == corpus.name

@@ -11,10 +11,11 @@ Beside that stand each seed's own differences, and Student's interval of their m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 # The 97.5th percentile of Student's t by degrees of freedom.
@@ -59,6 +60,30 @@ def read_corpora(folder: Path) -> list[Any]:
     return corpora
 
 
+def by_length(corpora: list[Any]) -> dict[str, list[Any]]:
+    """The corpora of the sentences with short and with long references, by the median of their words.
+
+    Args:
+        corpora: of `read_corpora`.
+
+    Returns:
+        `short`: up to the median number of blanks-separated words of the first reference; `long`: above it.
+    """
+    from convexlm.significance import Corpus
+
+    counts = [[len(text.split()) for text in corpus.references[0]] for corpus in corpora]
+    middle = median(count for one in counts for count in one)
+    parts: dict[str, list[Any]] = {"short": [], "long": []}
+    for corpus, lengths in zip(corpora, counts, strict=True):
+        for name, part in parts.items():
+            places = [place for place, length in enumerate(lengths) if (length <= middle) == (name == "short")]
+            pick = lambda lines, places=places: [lines[place] for place in places]  # noqa: E731
+            systems = {system: pick(lines) for system, lines in corpus.systems.items()}
+            references = [pick(stream) for stream in corpus.references]
+            part.append(Corpus(corpus.name, corpus.target_lang, systems, references, group=corpus.group))
+    return parts
+
+
 def differences(corpora: list[Any], baseline: str, metric: str, n_samples: int) -> list[dict[str, Any]]:
     """Every system against `baseline`: one row a system, as `joint_test` gives them, with the seeds' own deltas."""
     from convexlm.significance import joint_test
@@ -84,15 +109,17 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=["bleu", "chrf"])
     parser.add_argument("--baselines", nargs="+", default=["mle", "oracle-mle"], help="arms to compare with")
     parser.add_argument("--n_samples", type=int, default=1000)
+    parser.add_argument("--by_length", action="store_true", help="also short and long sentences apart")
     args = parser.parse_args()
     out = []
     for folder in args.experiments:
-        corpora = read_corpora(folder)
-        systems = list(corpora[0].systems)
+        everything = read_corpora(folder)
+        parts = {"all": everything, **(by_length(everything) if args.by_length else {})}
+        systems = list(everything[0].systems)
         for baseline in [name for name in systems if name.rsplit(" ", 1)[0] in args.baselines]:
-            for metric in args.metrics:
+            for metric, (part, corpora) in itertools.product(args.metrics, parts.items()):
                 rows = differences(corpora, baseline, metric, args.n_samples)
-                out += [{"experiment": folder.name, **row} for row in rows]
+                out += [{"experiment": folder.name, "part": part, **row} for row in rows]
     text = json.dumps(out, ensure_ascii=False, indent=1)
     args.output.write_text(text + "\n", encoding="utf-8")
 

@@ -125,10 +125,13 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("intervals", type=Path)
     parser.add_argument("--experiment", required=True)
+    parser.add_argument("--part", default="all", choices=["all", "short", "long"], help="of the sentences")
     args = parser.parse_args()
     rows = [row for row in read_jsonl(args.rows) if row["experiment"] == args.experiment]
     intervals = json.loads(args.intervals.read_text(encoding="utf-8"))
-    intervals = [one for one in intervals if one["experiment"] == args.experiment]
+    intervals = [
+        one for one in intervals if one["experiment"] == args.experiment and one.get("part", "all") == args.part
+    ]
     arms = list(dict.fromkeys(row["arm"] for row in final(rows, "bleu")))
     parts = [compared(rows, intervals, "mle", "bleu"), compared(rows, intervals, "mle", "chrf")]
     for base in ("mle", "oracle-mle"):
