@@ -195,3 +195,32 @@ def test_parts_by_length_share_out_the_sentences() -> None:
     assert [len(text.split()) for text in short.references[0]] == [3, 5, 5]
     assert [len(text.split()) for text in long.references[0]] == [9, 7]
     assert short.group == long.group == "t" and short.name == corpus.name
+
+
+def test_greedy_search_in_a_distribution() -> None:
+    rows = [[1, 2, 9], [3, 4, 9], [3, 5, 9], [3, 9]]
+    assert judge_ambiguity.greedy(rows, [0.4, 0.25, 0.2, 0.15]) == 1  # 3 begins 0.6 of the mass
+    assert judge_ambiguity.greedy(rows, [0.5, 0.2, 0.2, 0.1]) in (0, 1)
+    assert judge_ambiguity.greedy(rows, [0.6, 0.2, 0.1, 0.1]) == 0
+
+
+def test_what_theory_predicts_of_greedy_search() -> None:
+    class Words:
+        eos_token_id = 0
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [sum(map(ord, word)) for word in text.split()]
+
+    def share(free: int, objective: str, k: float | None) -> float:
+        """One plain translation with 0.4 and so many free ones, all of ten tokens."""
+        tail = "x x x x x x x"
+        truth = {f"plain {tail} y": 0.4} | {f"free {tail} z{number}" + "": 0.6 / free for number in range(free)}
+        return judge_ambiguity.predicted_mode_share([truth], Words(), objective, k)
+
+    # In the optimum the n free ones have n (0.6 / n)^b against 0.4^b, b = 1 / (1 - k / 10).
+    assert share(1, "convex", 3.0) == 100.0  # the free one is the mode
+    b = 1 / (1 - 3 / 10)
+    turn = 0.6 ** (b / (b - 1)) * 0.4 ** (-b / (b - 1))  # n from which the plain one begins with more
+    assert 3 < turn < 5
+    assert share(3, "convex", 3.0) == 0.0 and share(5, "convex", 3.0) == 100.0
+    assert share(5, "mle", None) == 0.0
