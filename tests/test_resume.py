@@ -17,7 +17,7 @@ from convexlm import checkpoints, cli, durable
 from convexlm.checkpoints import COMPLETE_FILE, INVENTORY_FILE, SAVING_FILE, complete_checkpoints
 from convexlm.metrics_file import read_metrics
 from trainer_helpers import assert_same_weights, make, trained
-from training_helpers import Run, environment, rows, train, words, write_model_files, write_records
+from training_helpers import Run, environment, rows, tiny_model, train, words, write_model_files, write_records
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,23 @@ def test_a_script_resumes_exactly_and_gets_no_marker(tmp_path):
     assert_same_weights(again, whole, rtol=0, atol=0)
     keep = lambda trainer: [line for line in trainer.state.log_history if "train_runtime" not in line]  # noqa: E731
     assert keep(again) == keep(whole)
+
+
+def test_resuming_tied_weights_warns_of_nothing(tmp_path, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    data, folder = rows(8), tmp_path / "run"
+    whole = trained(folder, data, model=tiny_model(tie_word_embeddings=True), **settings)
+    shutil.rmtree(folder / "checkpoint-4")
+    again = make(folder, data, model=tiny_model(tie_word_embeddings=True), **settings)
+    transformers_logging.enable_propagation()
+    try:
+        again.train(resume_from_checkpoint=True)
+    finally:
+        transformers_logging.disable_propagation()
+    assert "missing keys" not in caplog.text
+    assert_same_weights(again, whole, rtol=0, atol=0)
 
 
 # -- what could be run, and what could be told

@@ -5,7 +5,7 @@ r"""Hold the outputs of the experiment on ambiguity against the truth, and appen
 Of every final run, arm and search, at the checkpoint that validation chose: `mode_share` (outputs that are the one
 most probable translation, in percent), `valid_share` (that are a translation at all) and `mean_probability` (100 times
 the mean true probability of the outputs). And what theory says of greedy search, `predicted_mode_share`: of greedy
-search by tokens in each objective's exact optimum (`convexlm.theory.optimum`, the translations' own lengths in tokens).
+search by tokens in each objective's exact optimum (`convexlm.theory.optimum`, with their lengths in tokens).
 """
 
 from __future__ import annotations

@@ -84,6 +84,12 @@ class DurableCheckpoints:
         with _changed(self.args, **{**self._true_args, "hub_token": None}):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
+    def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
+        """As in the Trainer, but for tied weights, which a checkpoint holds under their other name only."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
     @contextlib.contextmanager
     def _other_args(self: Any, **changes: Any) -> Iterator[None]:
         self._true_args = {name: getattr(self.args, name) for name in changes}
