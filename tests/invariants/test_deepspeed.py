@@ -56,9 +56,7 @@ def test_padded_and_packed(runs, arm, engine):
     got = runs.get_on_two(arm, "even", "2x2x2", engine)
     assert_same_run(got, wanted)
     assert zero_folder(got.checkpoint) is not None
-    assert_same_run(
-        runs.get_on_two(arm, "even", "2x1x32_bfd", engine), runs.get(arm, "even", "24", WHOLE_DATA["24"])
-    )
+    assert_same_run(runs.get_on_two(arm, "even", "2x1x32_bfd", engine), runs.get(arm, "even", "24", WHOLE_DATA["24"]))
 
 
 @pytest.mark.parametrize("engine", ZERO)
