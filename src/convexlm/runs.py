@@ -9,8 +9,8 @@
       scores.jsonl  comparison.json  report.html
 
 RUN is the arm's name (`mle`, `convex-k1`), with `.seedN` behind it where a recipe trains every arm with several seeds.
-A recipe may get more seeds and arms later and go on in its folder. If it began with one seed, that one's runs keep their
-plain names; `plain_seed` in recipe.yaml says so.
+A recipe may get more seeds and arms later and go on in its folder. If it began with one seed, that one's runs keep
+their plain names; `plain_seed` in recipe.yaml says so.
 """
 
 from __future__ import annotations

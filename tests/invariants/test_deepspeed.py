@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from test_split import TOLERANCE_OF_ADAM, assert_same_run
 from training_runs import BATCHES_OF_8, BOTH_WEIGHTINGS, ON_TWO, WHOLE_DATA, WHOLE_ON_TWO, ZERO, Runs, halfway, split
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from convexlm.errors import UserError
 from convexlm.export import export_checkpoint
 from convexlm.launch.deepspeed import refuse_code, zero_folder
 from convexlm.launch.engine import refuse_another_engine
-from test_split import TOLERANCE_OF_ADAM, assert_same_run
 from training_helpers import relative, tiny_config, tiny_tokenizer
 
 pytestmark = [

@@ -54,6 +54,7 @@ def refuse_another_engine(
         UserError: it was not, where transformers would stop in the middle of loading; or it holds code.
     """
     from convexlm.checkpoints import complete_checkpoints
+    from convexlm.foreign_states import is_whole_of_fsdp
 
     checkpoints = complete_checkpoints(output_dir) if resume else []
     if not checkpoints:
@@ -66,15 +67,16 @@ def refuse_another_engine(
         same = zero_stage == stage if stage == 3 else zero_stage in (1, 2)
         if not same or count != processes:
             raise UserError(
-                f"{last} was saved under ZeRO-{stage} by {count} process{'es' * (count != 1)}, which only as many "
-                f"under the same can go on from: give --accelerate_config zero{stage} --num_processes {count}; or {anew}"
+                f"{last} was saved under ZeRO-{stage} by {count} process{'es' * (count != 1)}, and only as many under "
+                f"the same can go on from it: give --accelerate_config zero{stage} --num_processes {count}; or {anew}"
             )
         refuse_code(folder)
         return
     by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp()
-    if by_fsdp and not with_fsdp:
+    if by_fsdp and not with_fsdp and (zero_stage is not None or not is_whole_of_fsdp(last)):
         raise UserError(
-            f"{last} was saved under FSDP, which only FSDP can go on from: give --accelerate_config fsdp2; or {anew}"
+            f"{last} was saved under FSDP{'' if zero_stage is not None else ' as shards'}, which only FSDP can go on "
+            f"from: give --accelerate_config fsdp2; or {anew}"
         )
     if (last / "optimizer.pt").exists() and (with_fsdp or zero_stage is not None):
         name = "FSDP" if with_fsdp else "DeepSpeed"

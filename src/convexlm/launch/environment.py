@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 FSDP_ON_CPU = "CONVEXLM_FSDP_ON_CPU"
 DEEPSPEED_ON_CPU = "CONVEXLM_DEEPSPEED_ON_CPU"
-# Told to use the CPU, accelerate would leave DeepSpeed out and train with DDP: it is not told, and sees no GPU instead.
+# Told to use the CPU, accelerate would leave DeepSpeed out and train with DDP. So it sees no GPU instead.
 DEEPSPEED_ON_CPU_VARIABLES = {
     DEEPSPEED_ON_CPU: "1",
     "DS_ACCELERATOR": "cpu",
