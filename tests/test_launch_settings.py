@@ -136,9 +136,13 @@ def test_what_is_missing_for_deepspeed_is_named(gpus, monkeypatch):
         make_plan(LaunchSettings(accelerate_config="zero3").resolved())
 
 
-def test_on_the_cpu_deepspeed_is_refused_and_fsdp_needs_two(gpus, deepspeed):
-    with pytest.raises(UserError, match="DeepSpeed needs a GPU"):
-        make_plan(LaunchSettings(accelerate_config="zero2", num_processes=2).resolved())
+def test_on_the_cpu_deepspeed_is_not_told_of_it_and_fsdp_needs_two(gpus, deepspeed):
+    plan = make_plan(LaunchSettings(accelerate_config="zero2", num_processes=2).resolved())
+    assert plan.on_cpu and plan.variables["DS_ACCELERATOR"] == "cpu"
+    # Told to use the CPU, or with GPUs in sight, accelerate would leave DeepSpeed out or take them.
+    assert plan.variables["ACCELERATE_USE_CPU"] == "false" and plan.variables["CUDA_VISIBLE_DEVICES"] == ""
+    with pytest.raises(UserError, match="nothing to offload from"):
+        make_plan(LaunchSettings(accelerate_config="zero3_offload", num_processes=2).resolved())
     with pytest.raises(UserError, match="at least 2"):
         make_plan(LaunchSettings(accelerate_config="fsdp2", num_processes=1).resolved())
     plan = make_plan(LaunchSettings(accelerate_config="fsdp2", num_processes=2).resolved())

@@ -14,6 +14,7 @@ import yaml
 
 from convexlm import cli
 from convexlm.recipe import load_recipe
+from convexlm.report.data import read_run
 from convexlm.runs import RunFolder, trained_runs
 from pipeline_helpers import call, kill_when, recipe_with, results, snapshot, start, write_recipe
 
@@ -328,6 +329,32 @@ def test_test_sets_are_decoded_from_the_selected_checkpoints_alone(copied: Path,
     run_here(copied)
     assert results(run) == first
     assert {str(path.relative_to(run / "decode")) for path in run.glob("decode/*/*/*.jsonl")} == decoded
+
+
+def test_a_recipe_that_got_another_seed_and_arm_goes_on_with_what_is_done(tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "arms__base__max_steps": 6,
+        "arms__base__save_steps": 6,
+        "decode__checkpoints": "last",
+        "decode__searches": [{"num_beams": 1, "max_new_tokens": 12}],
+    }
+    write_recipe(tmp_path, recipe_with(seeds=[1], arms__convex=None, **small))
+    run_here(tmp_path)
+    run = tmp_path / "run"
+    before = {place: snapshot(run / place) for place in ("train/base", "train/mle", "decode/mle")}
+    rows = (run / "scores.jsonl").read_text().splitlines()
+    write_recipe(tmp_path, recipe_with(seeds=[2, 1], **small))
+    run_here(tmp_path)
+    for place, files in before.items():
+        assert snapshot(run / place) == files
+    names = ["base", "base.seed2", "convex", "convex.seed2", "mle", "mle.seed2"]
+    assert sorted(path.name for path in (run / "train").iterdir()) == names
+    now = (run / "scores.jsonl").read_text().splitlines()
+    assert len(now) == 4 * len(rows) and set(rows) <= set(now)
+    told = json.loads((run / "comparison.json").read_text())
+    assert told["seeds"] == [2, 1] and sorted(told["checkpoints"]) == names[2:]
+    report = read_run(run)
+    assert sorted(one.name for one in report.runs) == names[2:] and sorted(report.metrics) == names[2:]
 
 
 def test_a_validation_set_that_is_the_test_set_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,9 @@ def test_the_same_recipe_may_claim_again_and_nothing_is_written(tmp_path: Path) 
         ({"train__max_steps": 7}, "`train.max_steps` is 6 there and 7 here"),
         ({"seeds": [1]}, "`seeds` is [1, 2] there and [1] here"),
         ({"arms__convex__k": 2.0}, "`arms.convex.k` is 1.0 there and 2.0 here"),
-        ({"arms__new": {"objective": "dft"}}, "`arms.new` is None there and {'objective': 'dft'} here"),
+        ({"seeds": [1, 3]}, "`seeds` is [1, 2] there and [1, 3] here"),
+        ({"arms__convex": None}, "`arms.convex` is {'objective'"),
+        ({"arms__new": {"objective": "dft"}, "seeds": [1, 2, 3], "arms__convex__k": 2.0}, "`arms.convex.k` is 1.0"),
         ({"data__dataset": "f" * 100 + ".json"}, "..."),
         ({"name": "other"}, "`name` is 'tiny' there and 'other' here"),
         ({"data__dataset__size": 100}, "`data.dataset.size` is 200 there and 100 here"),
@@ -65,6 +67,28 @@ def test_another_recipe_is_refused_with_the_first_difference(
         assert str(folder.path) in str(error.value)
     assert folder.recipe.read_bytes() == before
     assert identity_sha256(other) != identity_sha256(load(tmp_path))
+
+
+def test_a_recipe_with_more_seeds_and_arms_goes_on_in_its_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(load(tmp_path, seeds=[7]))
+    kept = yaml.safe_load(folder.recipe.read_text())
+    folder.recipe.write_text(yaml.safe_dump({**kept, "versions": {"convexlm": "0.0"}}, sort_keys=False))
+    more = load(tmp_path, seeds=[3, 7], arms__new={"objective": "dft"})
+    before = folder.recipe.read_bytes()
+    assert folder.check(more) is False and folder.recipe.read_bytes() == before
+    # The runs of the seed that it began with keep their names.
+    named = {(run.arm, run.seed): run.name for run in trained_runs(folder.continued(more))}
+    assert named["mle", 7] == "mle" and named["mle", 3] == "mle.seed3" and named["new", 7] == "new"
+    folder.claim(more)
+    assert folder.check(more) is True
+    kept = yaml.safe_load(folder.recipe.read_text())
+    assert kept["plain_seed"] == 7 and kept["seeds"] == [3, 7] and kept["versions"] == {"convexlm": "0.0"}
+    still_more = load(tmp_path, seeds=[3, 7, 8], arms__new={"objective": "dft"})
+    folder.claim(still_more)
+    assert {(r.arm, r.seed): r.name for r in trained_runs(folder.continued(still_more))}["mle", 7] == "mle"
+    with pytest.raises(UserError, match=r"`seeds` is \[3, 7, 8\] there and \[7\] here"):
+        folder.check(load(tmp_path, seeds=[7], arms__new={"objective": "dft"}))
 
 
 def test_numbers_survive_the_recipe_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and `show(result, console)` (prints it for people). Modules are imported only wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -69,11 +70,14 @@ def _main(argv: Sequence[str] | None) -> int:
         # What libraries will do in a later release is nothing that a user of this one can act on.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    module = importlib.import_module(f"convexlm.verbs.{verb}")
     prog = f"convexlm {verb}"
+    # Some libraries log to standard output (DeepSpeed, which transformers imports where it is installed).
+    with contextlib.redirect_stdout(sys.stderr):
+        module = importlib.import_module(f"convexlm.verbs.{verb}")
     try:
         args = module.make_parser(prog).parse(words[1:])
-        result = module.run(args)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = module.run(args)
     except UserError as error:
         return _refuse(prog, str(error))
     except Stopped as stop:

@@ -159,9 +159,11 @@ def _outputs(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> dict[str, lis
     found: dict[str, list[dict[str, Any]]] = {}
     for place, digest in hashes.items():
         about = dict(zip(ABOUT, place, strict=True))
-        name = f"{about['arm']}.seed{about['seed']}" if several else about["arm"]
+        name = f"{about['arm']}.seed{about['seed']}"
+        if not several or not (folder.path / "decode" / name).is_dir():
+            name = str(about["arm"])  # of a run that began with one seed
         file = f"{about['test_set']}.{about['pair']}.{about['search']}.jsonl"
-        path = folder.path / "decode" / str(name) / str(about["checkpoint"]) / file
+        path = folder.path / "decode" / name / str(about["checkpoint"]) / file
         records = list(read_jsonl(path))
         key = _key([str(r.get("source", "")) for r in records], [str(r.get("hypothesis", "")) for r in records])
         found.setdefault(key, []).append(about | {"hypotheses_sha256": digest})

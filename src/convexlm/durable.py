@@ -81,6 +81,10 @@ class DurableCheckpoints:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in the Trainer; the options that it pickles beside the weights are the true ones, without the token."""
+        if state_dict is not None:
+            # Gathered by DeepSpeed, tied weights are two copies, and both would be written.
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            state_dict = {name: x for name, x in state_dict.items() if tied.get(name) not in state_dict}
         with _changed(self.args, **{**self._true_args, "hub_token": None}):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 

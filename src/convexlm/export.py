@@ -2,7 +2,7 @@
 
 Sharded weights become one set of safetensors, an adapter can be merged into its base, and the tokenizer, the prompt
 settings (`convexlm.json`) and a model card go with them. What only training needs (optimizer, schedule, pickled
-arguments) stays behind. Pickles are not loaded: see `sharded` for FSDP2, and `allow_pickle` for DeepSpeed's.
+arguments) stays behind. Pickles are not loaded unseen: see `sharded` for FSDP2, `launch.deepspeed` for DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.checkpoints import COMPLETE_FILE, read_marker, why_incomplete
 from convexlm.errors import UserError
 from convexlm.files import write_atomic
+from convexlm.launch.deepspeed import refuse_code, zero_folder
 from convexlm.sharded import METADATA, SHARDED_FOLDER, load_sharded
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def export_checkpoint(
         base_model: the base of an adapter, or where a sharded checkpoint's config comes from, if it does not say.
         dtype: of the written weights; "auto" keeps what they have.
         run_dir: the run folder that the card takes settings and scores from; found by the checkpoint's path if None.
-        allow_pickle: let DeepSpeed unpickle a ZeRO checkpoint. Only for checkpoints that you made yourself.
+        allow_pickle: let DeepSpeed unpickle a ZeRO checkpoint, whatever is in it. Only for one that you made yourself.
         license_name: the card's licence, as the hub names it.
         trust_remote_code: run code that comes with the model.
 
@@ -70,10 +71,7 @@ def export_checkpoint(
     if merge_adapter and kind != "adapter":
         raise UserError(f"--merge_adapter: {source} holds no adapter ({ADAPTER_CONFIG} is missing)")
     if kind == "zero" and not allow_pickle:
-        raise UserError(
-            f"{source}: its weights are DeepSpeed's ZeRO shards, which are pickles and could run code when loaded; if "
-            "you made them yourself, give --allow_pickle (or train with stage3_gather_16bit_weights_on_model_save)"
-        )
+        _refuse_code(source)
     staging = target.parent / f".{target.name}.export"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -152,6 +150,17 @@ def _check(source: Path, target: Path, dtype: str) -> None:
         raise UserError(f"--output_dir {target}: is not empty; give a folder that does not exist yet")
     if source.resolve() == target.resolve():
         raise UserError("--output_dir is the checkpoint itself")
+
+
+def _refuse_code(source: Path) -> None:
+    """See that ZeRO's shards, which are pickles, hold nothing but what DeepSpeed puts there."""
+    folder = zero_folder(source)
+    if folder is None:
+        raise UserError(f"{source}: there are no states of DeepSpeed (global_stepN)")
+    try:
+        refuse_code(folder)
+    except UserError as error:
+        raise UserError(f"{error}; if you made the checkpoint yourself, give --allow_pickle") from None
 
 
 # -- weights

@@ -158,6 +158,15 @@ def _arm_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str:
     return run if run in arms else re.sub(r"\.seed\d+$", "", run)
 
 
+def _seed_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str | None:
+    """The seed that a checkpoint of a run was trained with; None where nothing says it."""
+    if found := re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name):
+        return found[1]
+    seeds = recipe.get("seeds")
+    first = seeds[0] if isinstance(seeds, list) and len(seeds) == 1 else recipe.get("plain_seed")
+    return None if first is None else str(first)
+
+
 def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     found = values.get(key)
     return dict(found) if isinstance(found, dict) else {}
@@ -180,7 +189,7 @@ def _scores(run: Path, checkpoint: Path, arm: str) -> list[dict[str, Any]]:
     path = run / "scores.jsonl"
     if not path.is_file():
         return []
-    seed = re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name)
+    seed = _seed_of(checkpoint, load_yaml(run / "recipe.yaml"))
     needed = ("arm", "checkpoint", "test_set", "pair", "search", "metric", "score")
     return [
         row
@@ -189,7 +198,7 @@ def _scores(run: Path, checkpoint: Path, arm: str) -> list[dict[str, Any]]:
         and row["arm"] == arm
         and row.get("role") != "validation"
         and str(row["checkpoint"]) in (checkpoint.name, checkpoint.name.removeprefix("checkpoint-"))
-        and (seed is None or str(row.get("seed")) == seed[1])
+        and (seed is None or str(row.get("seed")) == seed)
         and isinstance(row["score"], (int, float))
     ]
 
@@ -282,10 +291,8 @@ def _data_section(dataset: str | None, recipe: Mapping[str, Any]) -> list[str]:
 
 def _settings_section(settings: Mapping[str, Any], recipe: Mapping[str, Any], checkpoint: Path) -> list[str]:
     shown = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
-    if seed := re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name):
-        shown["seed"] = seed[1]
-    elif isinstance(recipe.get("seeds"), list) and len(recipe["seeds"]) == 1:
-        shown["seed"] = recipe["seeds"][0]
+    if seed := _seed_of(checkpoint, recipe):
+        shown["seed"] = seed
     state = checkpoint / "trainer_state.json"
     if state.is_file():
         try:

@@ -20,7 +20,7 @@ from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, to_json_line, write_atomic, write_jsonl
 from convexlm.progress import note
 from convexlm.recipe import DATA_OPTIONS, is_whole
-from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, trained_runs
+from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, run_name, trained_runs
 from convexlm.sweep import decode_stage, read_instruction
 from convexlm.testsets import TestSet, load_test_set
 
@@ -56,6 +56,7 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
     if not folder.check(recipe):
         check_files(recipe)
+    recipe = folder.continued(recipe)
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)
     with folder.lock():
@@ -251,7 +252,7 @@ def train_options(recipe: Recipe, folder: RunFolder, run: TrainedRun) -> dict[st
     if tokenizer:
         options["tokenizer_name"] = str(folder.data / "tokenizer") if tokenizer == "tinyworld" else tokenizer
     if arm.init_from:
-        start = TrainedRun(arm.init_from, run.seed, run.name.replace(run.arm, arm.init_from, 1))
+        start = TrainedRun(arm.init_from, run.seed, run_name(recipe, arm.init_from, run.seed))
         options["model_name_or_path"] = _last_checkpoint(folder, start)
     elif recipe.model.get("config"):
         options["config_name"] = str(folder.data / "model")

@@ -49,6 +49,7 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     folder = RunFolder(Path(run_dir))
     check_files(recipe)
     folder.check(recipe)
+    recipe = folder.continued(recipe)
     runs = trained_runs(recipe)
     processes, sharding = _launch(recipe)
     found: dict[str, Data] = {}

@@ -93,6 +93,7 @@ class Recipe:
     validation_sets: tuple[dict[str, Any], ...] = ()
     selection: dict[str, Any] = field(default_factory=lambda: {"on": "last"})
     launch: LaunchSettings = field(default_factory=LaunchSettings)
+    plain_seed: int | None = None  # of a run folder that began with one seed (see `runs`)
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.files import json_sha256, text_sha256, write_atomic
 from convexlm.progress import note
-from convexlm.runs import DONE_FILE, TrainedRun
+from convexlm.runs import DONE_FILE, TrainedRun, run_name
 from convexlm.sweep import read_instruction
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def reference_nll(recipe: Recipe, folder: RunFolder, test_sets: Sequence[TestSet
 
 def _trained(folder: RunFolder, arm: str, seed: int, recipe: Recipe) -> Path:
     """The last checkpoint of the arm that others start from."""
-    name = f"{arm}.seed{seed}" if len(recipe.seeds) > 1 else arm
-    path = folder.train(TrainedRun(arm, seed, name))
+    path = folder.train(TrainedRun(arm, seed, run_name(recipe, arm, seed)))
     try:
         steps = json.loads((path / DONE_FILE).read_text(encoding="utf-8"))["checkpoints"]
     except (OSError, ValueError, KeyError):

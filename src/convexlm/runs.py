@@ -9,6 +9,8 @@
       scores.jsonl  comparison.json  report.html
 
 RUN is the arm's name (`mle`, `convex-k1`), with `.seedN` behind it where a recipe trains every arm with several seeds.
+A recipe may get more seeds and arms later and go on in its folder. If it began with one seed, that one's runs keep
+their plain names; `plain_seed` in recipe.yaml says so.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 DONE_FILE = "done.json"  # of a training run
 VERSIONED = ("convexlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "sacrebleu")
 # What may change between two calls of one run without changing a result.
-NOT_IDENTITY = ("description", "vars", "versions", "launch")
+NOT_IDENTITY = ("description", "vars", "versions", "launch", "plain_seed")
 
 
 @dataclass(frozen=True)
@@ -97,29 +99,44 @@ class RunFolder:
         return self.path / "decode" / run.name / checkpoint / f"{test_set}.{pair}.{search}.jsonl"
 
     def claim(self, recipe: Recipe) -> None:
-        """Make this folder the recipe's, or check that it is.
+        """Make this folder the recipe's, or check that it is; a recipe that has grown is written anew.
 
         Raises:
             UserError: the folder belongs to another recipe, or holds something else.
         """
         if self.check(recipe):
             return
-        text = yaml.safe_dump({**recipe.resolved, "versions": versions()}, sort_keys=False, allow_unicode=True)
+        kept = {"versions": versions()}
+        if self.recipe.exists():
+            before = load_yaml(self.recipe)
+            kept["versions"] = before.get("versions") or kept["versions"]
+            if (plain := _plain_seed(before)) is not None:
+                kept["plain_seed"] = plain
+        text = yaml.safe_dump({**recipe.resolved, **kept}, sort_keys=False, allow_unicode=True)
         write_atomic(self.recipe, text)
 
+    def continued(self, recipe: Recipe) -> Recipe:
+        """The recipe with the names that this folder's runs have had from its beginning."""
+        if not self.recipe.exists():
+            return recipe
+        return replace(recipe, plain_seed=_plain_seed(load_yaml(self.recipe)))
+
     def check(self, recipe: Recipe) -> bool:
-        """Whether this folder is the recipe's already; False where there is nothing yet. Writes nothing.
+        """Whether this folder is the recipe's already; False where there is nothing yet, or less. Writes nothing.
+
+        A recipe with more seeds or more arms than the folder's, and the same in all else, may go on there.
 
         Raises:
             UserError: the folder belongs to another recipe, or holds something else.
         """
         if self.recipe.exists():
-            difference = _first_difference(_identity(load_yaml(self.recipe)), _identity(recipe.resolved))
+            theirs, ours = _identity(load_yaml(self.recipe)), _identity(recipe.resolved)
+            difference = _first_difference(_grown(theirs, ours), ours)
             if difference:
                 raise UserError(
                     f"{self.path} belongs to another recipe: {difference}; choose another --run_dir, or delete it"
                 )
-            return True
+            return theirs == ours
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file, not a folder")
         # A run that was killed at its very start leaves its lock, and perhaps a half-written recipe beside it.
@@ -155,12 +172,14 @@ class RunFolder:
 
 def trained_runs(recipe: Recipe) -> list[TrainedRun]:
     """Every (arm, seed) of a recipe, an arm's start always before the arm."""
-    several = len(recipe.seeds) > 1
     return [
-        TrainedRun(arm.name, seed, f"{arm.name}.seed{seed}" if several else arm.name)
-        for seed in recipe.seeds
-        for arm in recipe.arms
+        TrainedRun(arm.name, seed, run_name(recipe, arm.name, seed)) for seed in recipe.seeds for arm in recipe.arms
     ]
+
+
+def run_name(recipe: Recipe, arm: str, seed: int) -> str:
+    """What the folders of an arm and seed are called."""
+    return arm if len(recipe.seeds) == 1 or seed == recipe.plain_seed else f"{arm}.seed{seed}"
 
 
 def versions() -> dict[str, str]:
@@ -179,6 +198,23 @@ def identity_sha256(recipe: Recipe) -> str:
 
 def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+
+
+def _plain_seed(resolved: dict[str, Any]) -> int | None:
+    """The seed whose runs are called by their arms alone, of a recipe in a run folder."""
+    seeds = resolved.get("seeds") or []
+    return resolved.get("plain_seed", seeds[0] if len(seeds) == 1 else None)
+
+
+def _grown(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """A folder's recipe with the arms and seeds added that ours has beyond them."""
+    arms, seeds = theirs.get("arms"), theirs.get("seeds")
+    theirs = dict(theirs)
+    if isinstance(arms, dict):
+        theirs["arms"] = {**{name: arm for name, arm in ours["arms"].items() if name not in arms}, **arms}
+    if isinstance(seeds, list) and set(seeds) <= set(ours["seeds"]):
+        theirs["seeds"] = ours["seeds"]
+    return theirs
 
 
 def _first_difference(theirs: Any, ours: Any, path: str = "") -> str | None:

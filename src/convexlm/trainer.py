@@ -21,6 +21,7 @@ from trl import SFTTrainer, pack_dataset
 from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
+from convexlm.foreign_states import ForeignStates
 from convexlm.fused_forward import HeadCall, add_fused_objective
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, SFTTrainer):
+class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTrainer):
     """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes.
 
     A dataset may have a column `weight` (a finite number of at least 0 a record, 1 if absent): it multiplies the

@@ -20,6 +20,7 @@ from convexlm.checkpoints import (
 )
 from convexlm.errors import Stopped, UserError
 from convexlm.interrupts import SignalWatch, signal_name
+from convexlm.launch.deepspeed import unsharded
 from convexlm.progress import TrainProgress, note
 from convexlm.resuming import agreed_start, refuse_checkpoints
 
@@ -302,7 +303,8 @@ def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: Mo
     try:
         config = AutoConfig.from_pretrained(config_name, **special, **code)
         set_seed(args.seed)
-        return AutoModelForCausalLM.from_config(config, **extra, **code)
+        with unsharded(args):
+            return AutoModelForCausalLM.from_config(config, **extra, **code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--config_name {config_name}: {_first_line(error)}") from None
 

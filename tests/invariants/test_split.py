@@ -20,6 +20,7 @@ from training_runs import (
     split,
 )
 
+from convexlm.checkpoints import INVENTORY_FILE
 from convexlm.errors import UserError
 from convexlm.launch.engine import refuse_another_engine
 from convexlm.metrics_file import FILE_NAME, read_metrics
@@ -135,12 +136,28 @@ def test_saved_on_two_processes_and_resumed_on_one(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_fsdp_saved_only_fsdp_goes_on_from(runs, tmp_path, capsys, monkeypatch):
+def test_saved_under_fsdp2_and_resumed_on_one(runs, tmp_path):
     runs.make_on_two("fsdp2")
     shutil.copytree(runs.folder / "two-fsdp2-convex-even-first-half", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-20")
+    assert (tmp_path / "run" / "checkpoint-10" / "pytorch_model_fsdp.bin").exists()
+    assert train(tmp_path / "run", "--resume", **runs.options("convex", "even", halfway(4))) == 0
+    wanted = runs.get("convex", "even", "whole", halfway(4))
+    assert_same_run(Run(tmp_path / "run"), wanted, TOLERANCE_OF_ADAM)
+
+
+@pytest.mark.slow
+def test_what_only_fsdp_goes_on_from_and_what_it_cannot(runs, tmp_path, capsys, monkeypatch):
+    runs.make_on_two("fsdp2")
+    shutil.copytree(runs.folder / "two-fsdp2-convex-even-first-half", tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoint-20"
+    with pytest.raises(UserError, match="was saved under FSDP, which only FSDP"):
+        refuse_another_engine(tmp_path / "run", resume=True, zero_stage=3, processes=2)
+    (saved / "optimizer.bin").rename(saved / "optimizer_0.bin")  # as if every process had saved its part
+    (saved / INVENTORY_FILE).unlink()
     options = runs.options("convex", "even", {**halfway(4), "max_steps": 30})
     assert train(tmp_path / "run", "--resume", **options) == 2
-    assert "was saved under FSDP" in capsys.readouterr().err
+    assert "was saved under FSDP as shards" in capsys.readouterr().err
     one = runs.get("convex", "even", "whole", halfway(4)).folder
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="was saved without FSDP"):

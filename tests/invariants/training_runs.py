@@ -35,6 +35,7 @@ ARMS = {**OBJECTIVES, "lora": {"objective": "convex", "k": 0.5, **LORA}}
 MLE_BY_SEQUENCE = {"mle_by_sequence": {"objective": "mle", "length_weighting": "sequence"}}
 BOTH_WEIGHTINGS = ("mle", "mle_by_sequence", "convex", "convex_by_sequence")
 ENGINES = ("ddp", "fsdp2")
+ZERO = ("zero2", "zero3")
 
 
 def split(batch, accumulation=1, **others):
@@ -80,7 +81,7 @@ class Runs:
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
             write_records(folder / f"eval-{name}.jsonl", 7, seed=7, weights=weights)
         self._made: dict[str, Run] = {}
-        self._planned: dict[str, dict[str, list[str]]] = {engine: {} for engine in ENGINES}
+        self._planned: dict[str, dict[str, list[str]]] = {engine: {} for engine in (*ENGINES, *ZERO)}
 
     def options(self, arm, data, form):
         kind = "plain" if arm in ("mle", "dft") else "weighted"
@@ -120,9 +121,11 @@ class Runs:
             jobs.write_text(json.dumps(list(self._planned[engine].values())), encoding="utf-8")
             self._planned[engine] = {}
             script = str(Path(__file__).with_name("two_processes.py"))
-            settings = LaunchSettings(accelerate_config="fsdp2", num_processes=2).resolved()
-            variables = make_plan(settings, use_cpu=True).variables if engine == "fsdp2" else {}
-            self.launch(script, str(jobs), **variables)
+            # Small parameters would not be sharded.
+            file = zero3_without_threshold(self.folder) if engine == "zero3" else engine
+            settings = LaunchSettings(accelerate_config=None if engine == "ddp" else file, num_processes=2)
+            plan = make_plan(settings.resolved(), use_cpu=True)
+            self.launch(script, str(jobs), **plan.variables)
 
     def launch(self, *command, **variables):
         """Run a script with `torchrun` on two processes; fails with what it said on stderr."""
@@ -140,3 +143,22 @@ class Runs:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done
+
+
+def zero3_without_threshold(folder: Path) -> str:
+    """An accelerate file of one's own: ZeRO-3 that shards every parameter, also those that it would keep whole."""
+    automatic = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    )
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    settings = folder / "zero3.json"
+    settings.write_text(json.dumps({**automatic, "zero_optimization": zero}), encoding="utf-8")
+    file = folder / "zero3.yaml"
+    deepspeed = {"deepspeed_config_file": str(settings), "zero3_init_flag": True}
+    file.write_text(json.dumps({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}), encoding="utf-8")
+    return str(file)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+from convexlm.launch.deepspeed import is_on_cpu, processes_of, refuse_code, zero_folder, zero_stage_of
 from convexlm.launch.environment import FSDP_ON_CPU
 from convexlm.progress import note
 
@@ -28,6 +29,8 @@ def set_up(config: Any) -> None:
     said, found = int(os.environ.get("WORLD_SIZE", "1")), int(config.world_size)
     if said != found:
         raise RuntimeError(f"a launcher has said that {said} processes train together, but accelerate sees {found}")
+    if is_on_cpu() and str(config.distributed_state.distributed_type) != "DistributedType.DEEPSPEED":
+        raise RuntimeError("DeepSpeed was to train on the CPU, but accelerate has not taken it up")
     if config.n_gpu > 1:
         # transformers would split every batch over them in this one process (nn.DataParallel).
         note(f"  one of {config.n_gpu} GPUs is used; --num_processes {config.n_gpu} takes all")
@@ -36,28 +39,50 @@ def set_up(config: Any) -> None:
         _allow_fsdp_on_cpu(found)
 
 
-def refuse_another_engine(output_dir: str | Path, *, resume: bool) -> None:
+def refuse_another_engine(
+    output_dir: str | Path, *, resume: bool, zero_stage: int | None = None, processes: int = 1
+) -> None:
     """See that a checkpoint to go on from was written by an engine that this one can read.
 
+    Args:
+        output_dir: where the checkpoints are.
+        resume: whether one is to be gone on from.
+        zero_stage: the stage of ZeRO to train under; None without DeepSpeed.
+        processes: how many train together.
+
     Raises:
-        UserError: it was not; transformers would stop in the middle of loading.
+        UserError: it was not, where transformers would stop in the middle of loading; or it holds code.
     """
     from convexlm.checkpoints import complete_checkpoints
+    from convexlm.foreign_states import is_whole_of_fsdp
 
     checkpoints = complete_checkpoints(output_dir) if resume else []
     if not checkpoints:
         return
     last = checkpoints[-1]
+    folder = zero_folder(last)
+    anew = f"begin a new training from its weights with --model_name_or_path {last}"
+    if folder is not None:
+        stage, count = zero_stage_of(folder), processes_of(folder)
+        same = zero_stage == stage if stage == 3 else zero_stage in (1, 2)
+        if not same or count != processes:
+            raise UserError(
+                f"{last} was saved under ZeRO-{stage} by {count} process{'es' * (count != 1)}, and only as many under "
+                f"the same can go on from it: give --accelerate_config zero{stage} --num_processes {count}; or {anew}"
+            )
+        refuse_code(folder)
+        return
     by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp()
-    if by_fsdp and not with_fsdp:
+    if by_fsdp and not with_fsdp and (zero_stage is not None or not is_whole_of_fsdp(last)):
         raise UserError(
-            f"{last} was saved under FSDP, which only FSDP can go on from: give --accelerate_config fsdp2; or begin a "
-            f"new training from its weights with --model_name_or_path {last}"
+            f"{last} was saved under FSDP{'' if zero_stage is not None else ' as shards'}, which only FSDP can go on "
+            f"from: give --accelerate_config fsdp2; or {anew}"
         )
-    if with_fsdp and not by_fsdp and (last / "optimizer.pt").exists():
+    if (last / "optimizer.pt").exists() and (with_fsdp or zero_stage is not None):
+        name = "FSDP" if with_fsdp else "DeepSpeed"
         raise UserError(
-            f"{last} was saved without FSDP, and FSDP cannot go on from it: leave --accelerate_config fsdp2 out; or "
-            f"begin a new training from its weights with --model_name_or_path {last}"
+            f"{last} was saved without {name}, and {name} cannot go on from it: leave --accelerate_config "
+            f"{'fsdp2' if with_fsdp else 'zero2, zero3 and the like'} out; or {anew}"
         )
 
 

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 # Set by whoever launches; what an earlier launch has left must not reach a new one.
 OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 FSDP_ON_CPU = "CONVEXLM_FSDP_ON_CPU"
+DEEPSPEED_ON_CPU = "CONVEXLM_DEEPSPEED_ON_CPU"
+# Told to use the CPU, accelerate would leave DeepSpeed out and train with DDP. So it sees no GPU instead.
+DEEPSPEED_ON_CPU_VARIABLES = {
+    DEEPSPEED_ON_CPU: "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,15 @@ def make_plan(settings: LaunchSettings, *, use_cpu: bool = False) -> Plan:
     if kind == "DEEPSPEED":
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--accelerate_config {name} needs DeepSpeed; install it with `pip install deepspeed`")
-        if on_cpu:
-            raise UserError(f"--accelerate_config {name}: DeepSpeed needs a GPU here; on the CPU take fsdp2 or none")
+        if on_cpu and _offloads(str(name)):
+            raise UserError(f"--accelerate_config {name}: on the CPU there is nothing to offload from; take zero3")
     if kind == "FSDP" and on_cpu and settings.processes == 1:
         raise UserError(f"--accelerate_config {name}: on the CPU, FSDP needs --num_processes of at least 2")
     variables = _accelerate_variables(settings, kind) if name else {}
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or str(_threads(local)))
-    if on_cpu:
+    if on_cpu and kind == "DEEPSPEED":
+        variables.update(DEEPSPEED_ON_CPU_VARIABLES)
+    elif on_cpu:
         variables["ACCELERATE_USE_CPU"] = "true"
         if kind == "FSDP":
             variables[FSDP_ON_CPU] = "1"
@@ -153,6 +163,13 @@ def _file_says_cpu(name: str | None) -> bool:
     from convexlm.options import load_yaml
 
     return bool(name and load_yaml(config_file(name)).get("use_cpu"))
+
+
+def _offloads(name: str) -> bool:
+    from convexlm.options import load_yaml
+
+    settings = load_yaml(config_file(name)).get("deepspeed_config") or {}
+    return any(settings.get(f"offload_{what}_device", "none") not in ("none", None) for what in ("optimizer", "param"))
 
 
 def _other_accelerator(use_cpu: bool) -> bool:

@@ -57,7 +57,8 @@ def launch_training(
     """
     plan = make_plan(settings, use_cpu=bool(options.get("use_cpu")))
     if plan.on_cpu:
-        options = {**options, "use_cpu": True}
+        # Under DeepSpeed the processes see no GPU, and must not be told (see `environment`).
+        options = {**options, "use_cpu": plan.kind != "DEEPSPEED"}
     note(f"  {title}: {describe(settings, plan)}")
     address = settings.main_process_ip if settings.machines > 1 else LOCAL_ADDRESS
     store, port = meeting or _meeting(settings, plan)

@@ -86,6 +86,7 @@ def read_run(path: Path) -> RunData:
         )
     recipe = load_yaml(folder.recipe)
     versions = recipe.pop("versions", None)
+    recipe.pop("plain_seed", None)
     comparison = _read_comparison(folder)
     runs = _runs(comparison)
     metrics = {run.name: rows for run in runs if (rows := _read_metrics(folder, run))}
@@ -147,12 +148,9 @@ def _read_comparison(folder: RunFolder) -> dict[str, Any]:
 
 
 def _runs(comparison: dict[str, Any]) -> list[TrainedRun]:
-    seeds = comparison["seeds"]
-    return [
-        TrainedRun(arm, seed, f"{arm}.seed{seed}" if len(seeds) > 1 else arm)
-        for arm in comparison["arms"]
-        for seed in seeds
-    ]
+    known = comparison["checkpoints"]  # by the run's name, which of a run's first seed may be the arm's
+    names = {(arm, seed): f"{arm}.seed{seed}" for arm in comparison["arms"] for seed in comparison["seeds"]}
+    return [TrainedRun(arm, seed, name if name in known else arm) for (arm, seed), name in names.items()]
 
 
 def _read_metrics(folder: RunFolder, run: TrainedRun) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from convexlm.config import ConvexConfig
 from convexlm.errors import UserError
+from convexlm.launch.deepspeed import is_on_cpu, options_on_cpu
 from convexlm.launch.precision import choose_precision, device_type
 from convexlm.launch.settings import (
     add_launch_options,
@@ -96,11 +97,19 @@ def train_here(values: dict[str, Any], *, resume: bool, title: str = "train") ->
     """
     from convexlm.launch.engine import refuse_another_engine, set_up
 
-    if under_a_launcher() and device_type() == "cpu":
+    if is_on_cpu():
+        values = options_on_cpu(values)
+    elif under_a_launcher() and device_type() == "cpu":
         values = {**values, "use_cpu": True}  # if not told, accelerate would train in each process alone
     data, model_options, config = build_options(values)
     set_up(config)
-    refuse_another_engine(str(config.output_dir), resume=resume)
+    plugin = config.deepspeed_plugin
+    refuse_another_engine(
+        str(config.output_dir),
+        resume=resume,
+        zero_stage=int(plugin.zero_stage) if plugin is not None else None,
+        processes=config.world_size,
+    )
     opening = f"precision {choose_precision(values)}"
     return train_model(model_options, data, config, resume=resume, title=title, opening=opening)
 
