@@ -53,7 +53,7 @@ def make_parser(prog: str) -> VerbParser:
         ("no_repeat_ngram_size", int, "no n-gram of this size twice; 0 allows all"),
         ("max_new_tokens", int, "longer answers are cut"),
         ("min_new_tokens", int, "no EOS before"),
-        ("num_return_sequences", int, "keep the N best hypotheses of a beam search, as `nbest` in the records"),
+        ("num_return_sequences", int, "keep the N best of a beam search (`nbest` in the records), or N `samples`"),
         ("length_penalty", float, "power of the length that a beam's score is divided by"),
     ):
         default = getattr(DEFAULTS, name)
@@ -64,6 +64,16 @@ def make_parser(prog: str) -> VerbParser:
         default="false",
         help="stop a beam search at num_beams finished ones, by transformers' heuristic, or when none can get better",
     )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--do_sample", action="store_true", help="draw each token from the model's probabilities")
+    for name, kind, text in (
+        ("temperature", float, "the logits are divided by it (default: 1.0)"),
+        ("top_k", int, "draw from the N most probable tokens only (default: 0, all)"),
+        ("top_p", float, "draw from the most probable tokens that together have this probability (default: 1.0)"),
+        ("seed", int, "with prompt and number of the sample, what the draws follow from (default: 0)"),
+    ):
+        sampling.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -124,6 +134,11 @@ def _run(args: argparse.Namespace, leader: Leader | None) -> dict[str, Any]:
         num_return_sequences=args.num_return_sequences,
         length_penalty=args.length_penalty,
         early_stopping={"true": True, "false": False}.get(args.early_stopping, args.early_stopping),
+        do_sample=args.do_sample,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
     )
     # Cheap mistakes are told before anything heavy is imported.
     test_set, instruction = _sources(args), _instruction(args)

@@ -31,6 +31,7 @@ class CTranslate2Backend(Backend):
       is therefore searched for again, with those n-grams forbidden one by one.
     - In a batch of prompts of several lengths it counts the tail of the longer ones as generated: only prompts of one
       length are put together.
+    - Its sampling has a stream for all sentences together, so a sample would depend on the batch; refused.
     """
 
     compute_types = (
@@ -165,6 +166,8 @@ class CTranslate2Backend(Backend):
 
 def why_not(search: Search) -> str:
     """What of a search CTranslate2 cannot do as asked, and how to ask for what it can; empty if nothing."""
+    if search.do_sample:
+        return "has one random stream for a whole batch, and none for each sentence, so it is not asked to do_sample"
     if search.num_beams == 1:
         return ""
     if search.early_stopping is not True:
