@@ -66,6 +66,13 @@ class Backend(ABC):
             UserError: naming the option and a backend that can.
         """
 
+    def check_installed(self) -> None:  # noqa: B027 - most need nothing more
+        """Refuse to begin where an optional library is missing.
+
+        Raises:
+            UserError: naming it and how to install it.
+        """
+
     @abstractmethod
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
         """Load model and tokenizer.

@@ -46,13 +46,16 @@ class CTranslate2Backend(Backend):
     )
 
     def check(self, search: Search) -> None:
-        """Refuse what CTranslate2 does otherwise, or a missing installation."""
+        """Refuse what CTranslate2 does otherwise."""
+        if reason := why_not(search):
+            raise UserError(f"the ctranslate2 backend {reason}; or use --backend hf")
+
+    def check_installed(self) -> None:
+        """Refuse a missing installation."""
         try:
             import ctranslate2  # noqa: F401
         except ImportError:
             raise UserError(f"the ctranslate2 backend needs a library: {INSTALL}") from None
-        if reason := why_not(search):
-            raise UserError(f"the ctranslate2 backend {reason}; or use --backend hf")
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
         """Convert the checkpoint unless that was done before, and load it with the compute type `dtype`."""

@@ -33,7 +33,7 @@ class VllmBackend(Backend):
     model: Any = None
 
     def check(self, search: Search) -> None:
-        """Refuse beams, the n-gram rule, or a missing installation."""
+        """Refuse beams, the n-gram rule, and temperatures that it changes."""
         if search.num_beams > 1:
             raise UserError(
                 "the vllm backend does greedy search and sampling only: its beam search divides scores by the length "
@@ -47,6 +47,9 @@ class VllmBackend(Backend):
                 f"the vllm backend raises a temperature of {search.temperature} to {LEAST_TEMPERATURE}; give no "
                 "do_sample, for greedy search, or use --backend hf"
             )
+
+    def check_installed(self) -> None:
+        """Refuse a missing installation."""
         try:
             import vllm  # type: ignore[import-not-found]  # noqa: F401
         except ImportError:
