@@ -1,4 +1,4 @@
-"""`convexlm decode`: hypotheses of a checkpoint for a file of sources, every sentence exactly once."""
+"""`convexlm decode`: hypotheses of a checkpoint for a test set, every sentence exactly once."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ def make_parser(prog: str) -> VerbParser:
     """The verb's options."""
     parser = VerbParser(
         prog,
-        "Decode a file of sources with a checkpoint. Results are kept as they are made: a run that is stopped goes on "
+        "Decode sources with a checkpoint. Results are kept as they are made: a run that is stopped goes on "
         "with the same command, and a finished one does nothing.",
     )
     parser.add_argument(
         "--model_name_or_path", required=True, metavar="CHECKPOINT", help="checkpoint or adapter folder, or a hub name"
     )
     parser.add_argument("--revision", help="revision of a hub name")
-    parser.add_argument("--sources", required=True, metavar="FILE", help="one source a line, plain or .gz")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sources", metavar="FILE", help="one source a line, plain or .gz")
+    which.add_argument(
+        "--documents",
+        metavar="FILE",
+        help="documents with summaries, as CNN/DailyMail and XSum come: .csv, .json or .jsonl, .gz or .zip",
+    )
     parser.add_argument(
         "--pair", default="", help="direction, such as en-de; fills [SRC] and [TGT] of the instruction"
     )
     parser.add_argument("--output_file", required=True, metavar="FILE.jsonl", help="the decode file to write")
-    parser.add_argument("--test_set", metavar="NAME", help="name of the sources in the result (default: the file's)")
+    parser.add_argument(
+        "--test_set",
+        metavar="NAME",
+        help="without a file: the test set that sacreBLEU knows by this name, such as wmt22; else the name of the "
+        "sources in the result (default: the file's)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="decode the first N sources only")
 
     prompt = parser.add_argument_group("prompt")
@@ -201,15 +212,25 @@ def _note(text: str) -> None:
 def _sources(args: argparse.Namespace) -> Any:
     from convexlm.files import read_lines
     from convexlm.templates import split_pair
-    from convexlm.testsets import TestSet
+    from convexlm.testsets import TestSet, load_test_set
 
     if args.pair:
         split_pair(args.pair)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
-    sources = read_lines(args.sources)[: args.limit]
-    name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
-    return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
+    if args.sources is not None:
+        sources = read_lines(args.sources)[: args.limit]
+        name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
+        return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
+    if args.documents is not None:
+        name = args.test_set or Path(args.documents).name.partition(".")[0]
+        spec = {"name": name, "kind": "summarization", "file": args.documents, "limit": args.limit}
+        return load_test_set(spec, args.pair or "en-en")
+    if not args.test_set:
+        raise UserError("what is to be decoded? Give --sources FILE, --documents FILE, or --test_set NAME, as wmt22")
+    if not args.pair:
+        raise UserError(f"--test_set {args.test_set}: give its direction with --pair, such as --pair en-de")
+    return load_test_set({"name": args.test_set, "kind": "sacrebleu", "limit": args.limit}, args.pair)
 
 
 def _instruction(args: argparse.Namespace) -> str | None:
@@ -222,6 +243,8 @@ def _instruction(args: argparse.Namespace) -> str | None:
         instruction = read_text(args.instruction_file).rstrip("\r\n")
         if not instruction.strip():
             raise UserError(f"{args.instruction_file}: the file is empty")
+    if args.documents is not None and instruction is None:
+        raise UserError("say what is to be done with the documents: --instruction TEXT or --instruction_file FILE")
     if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
         raise UserError("the instruction names [SRC] or [TGT]: give the languages with --pair, such as --pair en-de")
     return instruction
