@@ -76,22 +76,28 @@ class AllReady(JobList):
 
 
 class Reference:
-    """The reference's loop, from its description."""
+    """The reference's loop, from its description.
 
-    def __init__(self, checkpoint: Path, settings: PromptSettings) -> None:
+    Args:
+        checkpoint: where the tokenizer is, and the model unless it is given.
+        settings: how prompts are made.
+        model: of the checkpoint, loaded.
+    """
+
+    def __init__(self, checkpoint: Path, settings: PromptSettings, model: Any = None) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model = model or AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.settings = settings
 
     def decode(self, job: DecodeJob, threads: int, clock: str) -> tuple[float, list[str], int]:
-        """Seconds, hypotheses and generated tokens, computed with so many threads."""
+        """Seconds, hypotheses and generated tokens, computed with so many threads; 0: as they are."""
         import torch
 
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or before)
         try:
             return self._decode(job, CLOCKS[clock])
         finally:
@@ -110,8 +116,9 @@ class Reference:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            device = self.model.device
+            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
             with torch.inference_mode():
                 output = self.model.generate(
                     input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=pad, eos_token_id=eos, **options
