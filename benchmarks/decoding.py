@@ -8,7 +8,7 @@ same cores. Every system decodes the whole test set once a repeat; within a repe
 that what else the machine does hits all alike, and the median over repeats counts. Starting processes, loading and
 converting the model and tokenizing the prompts are not timed; what comes after is, text and appends to the part file
 included. Without --checkpoint it trains two tiny models first (minutes, kept in --models). Prints tables, writes
-OUTPUT.json and OUTPUT.md.
+OUTPUT.json and OUTPUT.md; with --append the run is added to those that are there.
 """
 
 from __future__ import annotations
@@ -76,22 +76,28 @@ class AllReady(JobList):
 
 
 class Reference:
-    """The reference's loop, from its description."""
+    """The reference's loop, from its description.
 
-    def __init__(self, checkpoint: Path, settings: PromptSettings) -> None:
+    Args:
+        checkpoint: where the tokenizer is, and the model unless it is given.
+        settings: how prompts are made.
+        model: of the checkpoint, loaded.
+    """
+
+    def __init__(self, checkpoint: Path, settings: PromptSettings, model: Any = None) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model = model or AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.settings = settings
 
     def decode(self, job: DecodeJob, threads: int, clock: str) -> tuple[float, list[str], int]:
-        """Seconds, hypotheses and generated tokens, computed with so many threads."""
+        """Seconds, hypotheses and generated tokens, computed with so many threads; 0: as they are."""
         import torch
 
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or before)
         try:
             return self._decode(job, CLOCKS[clock])
         finally:
@@ -110,8 +116,9 @@ class Reference:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            device = self.model.device
+            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
             with torch.inference_mode():
                 output = self.model.generate(
                     input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=pad, eos_token_id=eos, **options
@@ -127,6 +134,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="decode with this one only, instead of training tiny models")
+    parser.add_argument("--title", default="the given checkpoint", help="what the tables call --checkpoint")
     parser.add_argument("--sources", help="a file of sources for --checkpoint; default: tinyworld's test sentences")
     parser.add_argument("--pair", default="en-de")
     parser.add_argument("--num_sentences", type=int, default=400)
@@ -144,11 +152,12 @@ def main() -> None:
     parser.add_argument("--models", help="folder to keep the tiny models in; default: among the caches")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--output", default="results/decoding", help="path without suffix")
+    parser.add_argument("--append", action="store_true", help="keep the runs that OUTPUT.json has")
     args = parser.parse_args()
     if args.clock == "cpu" and any("processes" in name for name in args.systems):
         parser.error("--clock cpu sees one process: leave `hf, 2 processes` out of --systems")
     if args.checkpoint:
-        checkpoints = {"the given checkpoint": find_checkpoint(args.checkpoint)}
+        checkpoints = {args.title: find_checkpoint(args.checkpoint)}
     else:
         from decoding_models import train
 
@@ -162,9 +171,12 @@ def main() -> None:
             found["tables"].append({"model": model, "search": title, **table})
             found["about"]["load_average"].append(round(os.getloadavg()[0], 1))
             print("\n".join(_table(found["tables"][-1])), flush=True)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.output}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    Path(f"{args.output}.md").write_text(_page(found), encoding="utf-8")
+    output = Path(f"{args.output}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if args.append and output.exists() else []
+    runs.append(found)
+    output.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(_page(runs), encoding="utf-8")
 
 
 def _test_set(args: argparse.Namespace) -> TestSet:
@@ -245,7 +257,7 @@ def _once(
 
 def _table(table: dict[str, Any]) -> list[str]:
     lines = [
-        f"\n## {table['model']}: {table['search']}\n",
+        f"\n### {table['model']}: {table['search']}\n",
         f"{table['num_sentences']} sentences, {table['mean_prompt_tokens']} prompt and "
         f"{table['mean_answer_tokens']} answer tokens on average.\n",
         "| system | sentences/s | tokens/s | times the reference | same hypotheses |",
@@ -269,28 +281,32 @@ def _ratios(row: dict[str, Any], reference: dict[str, Any]) -> str:
     return f"{row['times_the_reference']} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
-def _page(found: dict[str, Any]) -> str:
-    about = found["about"]
+def _page(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Decoding speed\n",
         "The reference's loop (file order, 4 at a time, transformers' `generate`) and `convexlm decode`: the same "
         "checkpoint, sentences and search. Medians of interleaved repeats, and in brackets the ratio within the least "
-        "and the most favourable repeat; starting, loading, converting and tokenizing are not counted. "
-        f"The reference has one process of {about['reference_threads']} thread(s), `2 processes` has two of "
-        f"{about['threads']}, the others one of {about['threads']}.\n",
-        f"`{about['command']}`\n",
-        f"{about['machine']}, {about['cores']} cores; load average of the "
-        f"machine meanwhile {', '.join(map(str, about['load_average']))} (a shared machine: trust ratios, not rates); "
-        + ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-        + f"; {about['date']}.\n",
-        "Seconds are CPU time of the one process.\n" if about["clock"] == "cpu" else "Seconds are wall-clock time.\n",
+        "and the most favourable repeat; starting, loading, converting and tokenizing are not counted.\n",
         "On a GPU: not measured. ctranslate2 refuses the reference's very search (it ends a beam search as "
         "`early_stopping: true` does), and is compared with the reference's loop under that setting instead. With "
-        "int8 weights the model is another one, so some hypotheses differ.",
+        "int8 weights the model is another one, so some hypotheses differ.\n",
     ]
-    for table in found["tables"]:
-        lines += _table(table)
-    return "\n".join(lines) + "\n"
+    for run in runs:
+        about = run["about"]
+        clock = "CPU seconds of the one process" if about["clock"] == "cpu" else "wall-clock seconds"
+        lines += [
+            f"## {', '.join(dict.fromkeys(table['model'] for table in run['tables']))}, {about['date']}\n",
+            f"`{about['command']}`\n",
+            f"{about['machine']}, {about['cores']} cores; load average of the machine meanwhile "
+            f"{', '.join(map(str, about['load_average']))} (a shared machine: trust ratios, not rates); "
+            + ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
+            + f". In {clock}. The reference has one process of {about['reference_threads']} thread(s), `2 processes` "
+            f"has two of {about['threads']}, the others one of {about['threads']}.",
+        ]
+        for table in run["tables"]:
+            lines += _table(table)
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

@@ -275,8 +275,9 @@ class FakeLLM:
     def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> list[Any]:
         FakeLLM.asked.append(params)
         outputs = []
-        for prompt in prompts:
-            tokens = [prompt["prompt_token_ids"][-1], 2][: params.max_tokens]
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        for prompt, own in zip(prompts, each, strict=True):
+            tokens = [prompt["prompt_token_ids"][-1], 2][: own.max_tokens]
             completion = types.SimpleNamespace(token_ids=tuple(tokens), cumulative_logprob=-0.5 * len(tokens))
             outputs.append(types.SimpleNamespace(outputs=[completion]))
         return outputs
@@ -306,11 +307,27 @@ def test_vllm_is_asked_for_greedy_search(checkpoint: Path, vllm: type[FakeLLM], 
     assert decode_jobs(checkpoint, [cut], backend="vllm", device="cuda")[0].cut == len(SOURCES)
 
 
+def test_vllm_is_asked_for_samples_with_a_seed_each(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5}
+    for name, more in (("one", {}), ("three", {"num_return_sequences": 3, "top_k": 4}), ("other", {"seed": 1})):
+        job = make_job(tmp_path / f"{name}.jsonl", **options, **more)
+        decode_jobs(checkpoint, [job], backend="vllm", device="cuda", dtype="bfloat16")
+    one, three, other = vllm.asked
+    assert {(params.temperature, params.top_p, params.top_k) for params in one} == {(0.7, 0.9, -1)}
+    assert {params.top_k for params in three} == {4}
+    seeds = [[params.seed for params in asked] for asked in (one, three, other)]
+    assert seeds[1][::3] == seeds[0], "the first sample is the same, however many are asked for"
+    assert len({*seeds[1], *seeds[2]}) == 4 * len(SOURCES)
+    assert all(0 <= seed < 2**63 for seed in seeds[1])
+    assert all(len(row["samples"]) == 3 for row in read(tmp_path / "three.jsonl"))
+
+
 def test_what_vllm_would_do_otherwise_is_refused(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
     out = tmp_path / "out.jsonl"
     for options, device, message in (
-        ({"num_beams": 4}, "cuda", "divides scores by the length of prompt and answer"),
+        ({"num_beams": 4}, "cuda", "divides scores by the length"),
         ({"no_repeat_ngram_size": 12}, "cuda", "no_repeat_ngram_size"),
+        ({"do_sample": True, "temperature": 0.001}, "cuda", "raises a temperature of 0.001 to 0.01"),
         ({}, "cpu", "needs a GPU"),
     ):
         with pytest.raises(UserError, match=message):

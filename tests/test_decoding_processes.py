@@ -50,6 +50,7 @@ def jobs_in(folder: Path) -> list[Any]:
     return [
         make_job(folder / "greedy.jsonl", MANY, **OPTIONS),
         make_job(folder / "beam.jsonl", MANY, num_beams=3, num_return_sequences=2, **OPTIONS),
+        make_job(folder / "sample.jsonl", MANY, do_sample=True, num_return_sequences=2, **OPTIONS),
     ]
 
 
@@ -60,10 +61,10 @@ def test_any_number_of_processes_gives_the_same_bytes(checkpoint: Path, tmp_path
         results = decode_jobs(
             checkpoint, jobs, device="cpu", batch_size=4, num_processes=number, progress=reports.append
         )
-        assert [result.num_sentences for result in results] == [len(MANY)] * 2
+        assert [result.num_sentences for result in results] == [len(MANY)] * 3
         assert all(result.sentences_per_second > 0 for result in results)
         assert not list((tmp_path / str(number)).glob("*.part"))
-    for name in ("greedy.jsonl", "beam.jsonl"):
+    for name in ("greedy.jsonl", "beam.jsonl", "sample.jsonl"):
         whole = (tmp_path / "1" / name).read_bytes()
         assert [json.loads(line)["source"] for line in whole.decode().split("\n")[:-1]] == MANY
         assert (tmp_path / "2" / name).read_bytes() == whole
@@ -162,7 +163,7 @@ for line in sys.stdin:
 
 
 def sweep(checkpoints: list[Path], folder: Path) -> None:
-    """Two checkpoints with two searches each, and a job that converts the first one where that can be done."""
+    """Two checkpoints with three searches each, and a job that converts the first one where that can be done."""
     from convexlm.decoding import CheckpointJobs, decode_sweep
 
     entries = [CheckpointJobs(checkpoint, jobs_in(folder / checkpoint.name)) for checkpoint in checkpoints]

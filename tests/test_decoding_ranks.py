@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convexlm.cli import main
-from convexlm.decoding.ranks import KEY, Leader, World, _rendezvous, find_world, follow
+from convexlm.decoding.ranks import _NAMES, KEY, Leader, World, _rendezvous, find_world, follow
 from convexlm.errors import UserError
 from decoding_helpers import SOURCES, make_checkpoint, read
 
@@ -66,9 +66,17 @@ def start(argv: list[str], environment: dict[str, str], **options: Any) -> subpr
     return subprocess.Popen(command, env={**os.environ, **environment}, text=True, **options)
 
 
-def test_torchrun_gives_the_bytes_of_one_process(checkpoint: Path, tmp_path: Path, one_thread: None):
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE, "--main_process_port"]], ids=["torchrun", "accelerate"])
+def test_a_launcher_gives_the_bytes_of_one_process(
+    checkpoint: Path, tmp_path: Path, one_thread: None, launcher: list[str]
+):
+    """`--multi_gpu` starts two processes on a machine without a GPU too; accelerate's ways for CPUs start one."""
     assert main(words(checkpoint, tmp_path, "one.jsonl")) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [sys.executable, "-m", *launcher]
     argv = [*command, str(free_port()), "-m", "convexlm.cli", *words(checkpoint, tmp_path, "two.jsonl", "--json")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -144,7 +152,7 @@ def test_who_does_not_know_the_password_is_not_let_in(monkeypatch: pytest.Monkey
 
 
 def test_what_a_launcher_says_must_fit_together(monkeypatch: pytest.MonkeyPatch):
-    for name in LAUNCHER:
+    for name in (*LAUNCHER, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert find_world() is None
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -165,3 +173,18 @@ def test_what_a_launcher_says_must_fit_together(monkeypatch: pytest.MonkeyPatch)
             patch.setenv(name, value)
             with pytest.raises(UserError, match=message):
                 find_world()
+
+
+@pytest.mark.parametrize("names", list(zip(*_NAMES, strict=True))[1:], ids=["Open MPI", "Intel MPI", "MVAPICH"])
+def test_mpi_is_a_launcher_too(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str]):
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, "")  # and so put back after the test
+        monkeypatch.delenv(name)
+    for name, value in zip(names, ("4", "3", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{names[0]} is 4, but MASTER_ADDR is not set"):
+        find_world()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert find_world() == World(3, 4, 1)
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("4", "3"), "where torch's rendezvous looks for them"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -363,4 +364,15 @@ def test_a_validation_set_that_is_the_test_set_is_refused(tmp_path: Path, capfd:
     with _chdir(tmp_path):
         assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
     assert "6 of its 6 sentence pairs are in the test set `toy`" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_library_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    searches = [{"do_sample": True, "temperature": 0.7}]
+    recipe = write_recipe(tmp_path, recipe_with(decode__backend="vllm", decode__searches=searches))
+    assert cli.main(["run", str(recipe), "--run_dir", str(tmp_path / "run")]) == 2
+    assert "pip install vllm" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

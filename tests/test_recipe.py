@@ -97,6 +97,12 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
         ({"decode__checkpoints": [3, 3]}, "`decode.checkpoints` names a step twice"),
         ({"decode__batch_size": 0}, "`decode.batch_size`"),
         ({"decode__backend": "vlm"}, "`decode.backend`: unknown decoding backend `vlm`"),
+        ({"decode__searches": [{"temperature": 0.7}]}, "decode.searches: temperature is for sampling"),
+        (
+            {"decode__backend": "ctranslate2", "decode__searches": [{"num_beams": 4}]},
+            "decode.searches: the ctranslate2",
+        ),
+        ({"decode__backend": "vllm", "decode__searches": [{"num_beams": 2}]}, "decode.searches: the vllm backend"),
         ({"decode__instruction": "x", "decode__instruction_file": "y"}, "not both"),
         ({"data__template": "alpacca"}, "`data.template`: unknown template `alpacca`"),
         ({"score__metrics": ["blue"]}, "`score.metrics`: unknown metric `blue`"),
@@ -138,6 +144,12 @@ def test_every_arm_undecoded_is_refused(tmp_path: Path) -> None:
 def test_a_search_label_tells_two_searches_apart(tmp_path: Path) -> None:
     searches = [{"num_beams": 4}, {"num_beams": 4, "length_penalty": 0.6, "label": "short"}]
     assert len(load(tmp_path, decode__searches=searches).decode["searches"]) == 2
+
+
+def test_a_backend_may_be_chosen_for_the_recipe_and_sampling_is_a_search(tmp_path: Path) -> None:
+    searches = [{"num_beams": 1}, {"do_sample": True, "temperature": 0.7, "seed": 2}]
+    decode = load(tmp_path, decode__backend="auto", decode__searches=searches).decode
+    assert (decode["backend"], decode["searches"]) == ("auto", searches)
 
 
 def test_objective_kwargs_are_checked_with_their_arm(tmp_path: Path) -> None:

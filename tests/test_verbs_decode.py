@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -158,7 +159,8 @@ def test_bad_input_is_one_line(tmp_path: Path, sources: Path, capsys: pytest.Cap
         (words(model, sources, out, *pair, "--dtype", "int8"), "unknown dtype `int8`"),
         (words(model, sources, out, *pair, "--instruction_file", str(empty)), "the file is empty"),
         (words(model, sources, out, *pair, "--instruction", "a", "--instruction_file", "b"), "not allowed with"),
-        (words(model, sources, out, *pair, "--temperature", "1"), "--temperature"),
+        (words(model, sources, out, *pair, "--temperature", "1"), "temperature is for sampling"),
+        (words(model, sources, out, *pair, "--documents", "a.csv"), "not allowed with argument --sources"),
         (words(model, sources, tmp_path / "empty" / "out.jsonl", *pair), "empty/out.jsonl"),
         (words(model, sources, tmp_path, *pair), "is a folder"),
     ]
@@ -170,6 +172,51 @@ def test_bad_input_is_one_line(tmp_path: Path, sources: Path, capsys: pytest.Cap
     (model / "config.json").write_text("{")
     assert main(words(model, sources, out, *pair)) == 2
     assert not out.exists()
+
+
+def test_what_is_to_be_decoded_must_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, out = fake_checkpoint(tmp_path / "model"), tmp_path / "out.jsonl"
+    table = tmp_path / "news.csv"
+    table.write_text("article,highlights\na,b\n")
+    argv = ["decode", "--model_name_or_path", str(model), "--output_file", str(out)]
+    for more, message in (
+        ([], "Give --sources FILE, --documents FILE, or --test_set NAME"),
+        (["--test_set", "wmt22"], "give its direction with --pair"),
+        (["--test_set", "wmt22", "--pair", "en-eo"], "sacreBLEU's `wmt22` has no pair `en-eo`"),
+        (["--test_set", "wmt2222", "--pair", "en-de"], "sacreBLEU has no test set `wmt2222`"),
+        (["--documents", str(table)], "what is to be done with the documents"),
+        (["--documents", str(table), "--instruction", "x", "--pair", "en-de"], "that language twice"),
+        (["--documents", str(out), "--instruction", "x"], "no such file"),
+    ):
+        assert message in refused(capsys, [*argv, *more]), more
+
+
+def test_documents_and_a_test_set_by_name(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shared_data: Path
+):
+    """Real ones: CNN/DailyMail with its ids, and wmt22 en-zh out of a copy of sacreBLEU's cache, without a network."""
+    argv = ["decode", "--model_name_or_path", str(checkpoint), "--device", "cpu", "--max_new_tokens", "4", "--json"]
+    table = tmp_path / "news.jsonl"
+    rows = [{"id": f"d{number}", "document": source, "summary": "x"} for number, source in enumerate(SOURCES, 1)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows if row["document"]))
+    more = ["--documents", str(table), "--instruction", "Summarize:", "--output_file", str(tmp_path / "a.jsonl")]
+    assert main([*argv, *more, "--limit", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["test_set"], result["pair"], result["num_sentences"]) == ("news", "en-en", 3)
+    assert [row["id"] for row in read(tmp_path / "a.jsonl")] == ["d1", "d3", "d4"]
+
+    shutil.copytree(shared_data / "sacrebleu", tmp_path / "cache")
+    more = ["--test_set", "wmt22", "--pair", "en-zh", "--limit", "2", "--output_file", str(tmp_path / "b.jsonl")]
+    done = subprocess.run(
+        [sys.executable, "-m", "convexlm.cli", *argv, *more],
+        env={**os.environ, "SACREBLEU": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = (shared_data / "wmt22" / "newstest22.en-zh.en").read_text(encoding="utf-8").split("\n")[:2]
+    assert [row["source"] for row in read(tmp_path / "b.jsonl")] == wanted
+    assert json.loads((tmp_path / "b.meta.json").read_text())["test_set"] == "wmt22"
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def _compare(recipe: Recipe, decoded: Sequence[Decoded], chosen: dict[str, str],
         "resampling": settings,
         "corpora": _corpora(final),
         "table": table,
-        "gaps": _gaps(final, arms, searches, recipe.metrics, settings),
+        "gaps": _gaps(final, arms, _without_sampling(recipe, searches), recipe.metrics, settings),
         "paired": paired,
         "outputs": describe_outputs(final, arms, searches),
         "by_length": scores_by_length(final, arms, searches, recipe.metrics),
@@ -343,6 +343,13 @@ def _paired(
     randomized = randomization_p(systems, entry.scorer, metrics, n_trials=n_samples, seed=seed)
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
     return [about | row | {"p_ar": randomized.get((row["metric"], row["system"]))} for row in rows]
+
+
+def _without_sampling(recipe: Recipe, searches: list[str]) -> list[str]:
+    from convexlm.decoding import Search
+
+    sampling = {search.name for search in map(Search.from_mapping, recipe.decode["searches"]) if search.do_sample}
+    return [search for search in searches if search not in sampling]
 
 
 def _gaps(

@@ -39,9 +39,10 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         `run_dir`, `recipe`, `seconds`, `report`, `scores` (the file), and `table` (see `evaluation`).
 
     Raises:
-        UserError: the folder is another recipe's or in use, a file that the recipe names cannot be used, or a test
-            set's sources and references do not fit together.
+        UserError: the folder is another recipe's or in use, a file that the recipe names cannot be used, a library
+            for its decoding is missing, or a test set's sources and references do not fit together.
     """
+    from convexlm.decoding.backends import get_backend
     from convexlm.evaluation import evaluate
 
     if world_size() > 1:
@@ -56,6 +57,8 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
     if not folder.check(recipe):
         check_files(recipe)
+        if (backend := recipe.decode.get("backend", "hf")) != "auto":
+            get_backend(backend)().check_installed()
     recipe = folder.continued(recipe)
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)

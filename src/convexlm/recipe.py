@@ -304,9 +304,15 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     if not isinstance(searches, list) or not searches or not all(isinstance(entry, dict) for entry in searches):
         raise wrong("`decode.searches` must be a list such as [{num_beams: 1}, {num_beams: 4}]")
     names = []
+    backend = str(decode.get("backend", "hf"))
+    if backend != "auto":
+        _in_recipe("decode.backend", partial(get_backend, backend), wrong)
     for entry in searches:
         try:
-            names.append(Search.from_mapping(entry).name)
+            search = Search.from_mapping(entry)
+            names.append(search.name)
+            if backend != "auto":  # told now, and not after the training
+                get_backend(backend)().check(search)
         except (UserError, TypeError, ValueError) as error:
             raise wrong(f"decode.searches: {error}") from None
     if len(set(names)) < len(names):
@@ -320,7 +326,6 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     for key in ("batch_size", "num_processes"):
         if decode.get(key) is not None and not is_whole(decode[key], 1):
             raise wrong(f"`decode.{key}` must be a whole number of at least 1, not {decode[key]!r}")
-    _in_recipe("decode.backend", lambda: get_backend(str(decode.get("backend", "hf"))), wrong)
     if decode.get("instruction") and decode.get("instruction_file"):
         raise wrong("give `decode.instruction` or `decode.instruction_file`, not both")
     return decode

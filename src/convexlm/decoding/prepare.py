@@ -151,6 +151,7 @@ def _check_compute_type(compute_type: str | None, dtype: str | None, engine: Bac
 def _check_jobs(jobs: Sequence[DecodeJob], engine: Backend, outputs: dict[Path, DecodeJob]) -> None:
     for job in jobs:
         engine.check(job.search)
+        engine.check_installed()
         sources, ids = job.test_set.sources, job.test_set.ids
         if not sources:
             raise UserError(f"{job.name}: there is nothing to decode")

@@ -29,6 +29,12 @@ PATIENCE = timedelta(minutes=10)
 GREETING_SECONDS = 60.0
 LINGER_SECONDS = 10.0
 """Rank 0 does not end before the others have come, for so long at most: they would miss it, and wait."""
+_NAMES = (
+    ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+"""torchrun's variables, and those of Open MPI, Intel MPI and MVAPICH, which `accelerate launch` uses on CPUs."""
 FIRST_REMOTE = 1_000_000
 """Numbers of remote workers begin here, those of local ones at 0."""
 
@@ -49,23 +55,31 @@ class World:
 
 
 def find_world() -> World | None:
-    """What a launcher says in `WORLD_SIZE`, `RANK` and `LOCAL_RANK`; None for a process that is alone.
+    """What a launcher says in `WORLD_SIZE`, `RANK` and `LOCAL_RANK`, or MPI in its own; None for a process alone.
 
     Raises:
         UserError: they do not fit together.
     """
-    size = _number("WORLD_SIZE", 1)
+    sizes, ranks, local_ranks = (_set_name(names) for names in _NAMES)
+    size = _number(sizes, 1)
     if size <= 1:
         return None
-    if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+    if lacking := [name for name in (ranks, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(
-            f"WORLD_SIZE is {size}, but {lacking[0]} is not set; start with torchrun or accelerate launch, or set "
+            f"{sizes} is {size}, but {lacking[0]} is not set; start with torchrun or accelerate launch, or set "
             "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
-    rank = _number("RANK", 0)
+    rank = _number(ranks, 0)
     if not 0 <= rank < size:
-        raise UserError(f"RANK is {rank}, with a WORLD_SIZE of {size}")
-    return World(rank, size, _number("LOCAL_RANK", 0))
+        raise UserError(f"{ranks} is {rank}, with a {sizes} of {size}")
+    # torch's rendezvous reads them itself.
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank))
+    return World(rank, size, _number(local_ranks, 0))
+
+
+def _set_name(names: tuple[str, ...]) -> str:
+    """The first of some variables that is set, or the first."""
+    return next((name for name in names if os.environ.get(name)), names[0])
 
 
 def _number(name: str, default: int) -> int:

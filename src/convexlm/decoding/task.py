@@ -130,11 +130,11 @@ class Task:
         return any(ids[place] not in self.store.records and ids[place] not in later for place in batch.positions)
 
     def _record(self, position: int, answer: Answer) -> dict[str, Any]:
-        nbest = {"nbest": answer["nbest"]} if "nbest" in answer else {}
+        several: dict[str, Any] = {key: answer[key] for key in ("nbest", "samples") if key in answer}
         return {
             "id": self.job.test_set.ids[position],
             "source": self.job.test_set.sources[position],
-            **{key: value for key, value in answer.items() if key != "nbest"},
+            **{key: value for key, value in answer.items() if key not in several},
             "prompt_sha256": prompt_sha256(self.prompts[position]),
-            **nbest,
+            **several,
         }

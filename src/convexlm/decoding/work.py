@@ -157,7 +157,7 @@ class Worker:
 
         splitter = self._splitters.setdefault(number, Splitter())
         for part, found in splitter.run(batch.positions, generate):
-            answers = [None if hypothesis is None else _answer(hypothesis, backend) for hypothesis in found]
+            answers = [None if hypothesis is None else _answer(hypothesis, backend, search) for hypothesis in found]
             yield Part(batch, part, answers)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def _encode(work: Work, engine: Backend) -> list[list[int]]:
     return encoded
 
 
-def _answer(hypothesis: Hypothesis, engine: Backend) -> Answer:
+def _answer(hypothesis: Hypothesis, engine: Backend, search: Search) -> Answer:
     """The part of a record that the model made, JSON-ready."""
     num_tokens, log_prob = len(hypothesis.token_ids), hypothesis.log_prob
     answer: Answer = {
@@ -194,7 +194,9 @@ def _answer(hypothesis: Hypothesis, engine: Backend) -> Answer:
         "finished": hypothesis.finished,
     }
     if hypothesis.nbest:
-        answer["nbest"] = [_answer(other, engine) for other in hypothesis.nbest]
+        answer["samples" if search.do_sample else "nbest"] = [
+            _answer(other, engine, search) for other in hypothesis.nbest
+        ]
     return answer
 
 

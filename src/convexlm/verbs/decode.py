@@ -1,4 +1,4 @@
-"""`convexlm decode`: hypotheses of a checkpoint for a file of sources, every sentence exactly once."""
+"""`convexlm decode`: hypotheses of a checkpoint for a test set, every sentence exactly once."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ def make_parser(prog: str) -> VerbParser:
     """The verb's options."""
     parser = VerbParser(
         prog,
-        "Decode a file of sources with a checkpoint. Results are kept as they are made: a run that is stopped goes on "
+        "Decode sources with a checkpoint. Results are kept as they are made: a run that is stopped goes on "
         "with the same command, and a finished one does nothing.",
     )
     parser.add_argument(
         "--model_name_or_path", required=True, metavar="CHECKPOINT", help="checkpoint or adapter folder, or a hub name"
     )
     parser.add_argument("--revision", help="revision of a hub name")
-    parser.add_argument("--sources", required=True, metavar="FILE", help="one source a line, plain or .gz")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sources", metavar="FILE", help="one source a line, plain or .gz")
+    which.add_argument(
+        "--documents",
+        metavar="FILE",
+        help="documents with summaries, as CNN/DailyMail and XSum come: .csv, .json or .jsonl, .gz or .zip",
+    )
     parser.add_argument(
         "--pair", default="", help="direction, such as en-de; fills [SRC] and [TGT] of the instruction"
     )
     parser.add_argument("--output_file", required=True, metavar="FILE.jsonl", help="the decode file to write")
-    parser.add_argument("--test_set", metavar="NAME", help="name of the sources in the result (default: the file's)")
+    parser.add_argument(
+        "--test_set",
+        metavar="NAME",
+        help="without a file: the test set that sacreBLEU knows by this name, such as wmt22; else the name of the "
+        "sources in the result (default: the file's)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="decode the first N sources only")
 
     prompt = parser.add_argument_group("prompt")
@@ -53,7 +64,7 @@ def make_parser(prog: str) -> VerbParser:
         ("no_repeat_ngram_size", int, "no n-gram of this size twice; 0 allows all"),
         ("max_new_tokens", int, "longer answers are cut"),
         ("min_new_tokens", int, "no EOS before"),
-        ("num_return_sequences", int, "keep the N best hypotheses of a beam search, as `nbest` in the records"),
+        ("num_return_sequences", int, "keep the N best of a beam search (`nbest` in the records), or N `samples`"),
         ("length_penalty", float, "power of the length that a beam's score is divided by"),
     ):
         default = getattr(DEFAULTS, name)
@@ -64,6 +75,16 @@ def make_parser(prog: str) -> VerbParser:
         default="false",
         help="stop a beam search at num_beams finished ones, by transformers' heuristic, or when none can get better",
     )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--do_sample", action="store_true", help="draw each token from the model's probabilities")
+    for name, kind, text in (
+        ("temperature", float, "the logits are divided by it (default: 1.0)"),
+        ("top_k", int, "draw from the N most probable tokens only (default: 0, all)"),
+        ("top_p", float, "draw from the most probable tokens that together have this probability (default: 1.0)"),
+        ("seed", int, "with prompt and number of the sample, what the draws follow from (default: 0)"),
+    ):
+        sampling.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -124,6 +145,11 @@ def _run(args: argparse.Namespace, leader: Leader | None) -> dict[str, Any]:
         num_return_sequences=args.num_return_sequences,
         length_penalty=args.length_penalty,
         early_stopping={"true": True, "false": False}.get(args.early_stopping, args.early_stopping),
+        do_sample=args.do_sample,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
     )
     # Cheap mistakes are told before anything heavy is imported.
     test_set, instruction = _sources(args), _instruction(args)
@@ -186,15 +212,25 @@ def _note(text: str) -> None:
 def _sources(args: argparse.Namespace) -> Any:
     from convexlm.files import read_lines
     from convexlm.templates import split_pair
-    from convexlm.testsets import TestSet
+    from convexlm.testsets import TestSet, load_test_set
 
     if args.pair:
         split_pair(args.pair)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
-    sources = read_lines(args.sources)[: args.limit]
-    name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
-    return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
+    if args.sources is not None:
+        sources = read_lines(args.sources)[: args.limit]
+        name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
+        return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
+    if args.documents is not None:
+        name = args.test_set or Path(args.documents).name.partition(".")[0]
+        spec = {"name": name, "kind": "summarization", "file": args.documents, "limit": args.limit}
+        return load_test_set(spec, args.pair or "en-en")
+    if not args.test_set:
+        raise UserError("what is to be decoded? Give --sources FILE, --documents FILE, or --test_set NAME, as wmt22")
+    if not args.pair:
+        raise UserError(f"--test_set {args.test_set}: give its direction with --pair, such as --pair en-de")
+    return load_test_set({"name": args.test_set, "kind": "sacrebleu", "limit": args.limit}, args.pair)
 
 
 def _instruction(args: argparse.Namespace) -> str | None:
@@ -207,6 +243,8 @@ def _instruction(args: argparse.Namespace) -> str | None:
         instruction = read_text(args.instruction_file).rstrip("\r\n")
         if not instruction.strip():
             raise UserError(f"{args.instruction_file}: the file is empty")
+    if args.documents is not None and instruction is None:
+        raise UserError("say what is to be done with the documents: --instruction TEXT or --instruction_file FILE")
     if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
         raise UserError("the instruction names [SRC] or [TGT]: give the languages with --pair, such as --pair en-de")
     return instruction

@@ -25,9 +25,10 @@ class Hypothesis:
     Attributes:
         token_ids: the generated tokens, the EOS that ended them included, no padding.
         log_prob: the sum of the model's own log-probabilities (natural logarithm) of `token_ids` given the prompt,
-            before any n-gram or length rule; None where a backend cannot tell.
+            before any n-gram or length rule and any temperature; None where a backend cannot tell.
         finished: it ended in an EOS token, rather than being cut at `max_new_tokens`.
-        nbest: the best hypotheses of the search, this one first, where `num_return_sequences` asks for more than one.
+        nbest: the best hypotheses of the search, this one first, where `num_return_sequences` asks for more than one;
+            of sampling, the samples in the order of their numbers.
     """
 
     token_ids: list[int]
@@ -37,7 +38,7 @@ class Hypothesis:
 
 
 def with_nbest(hypotheses: Sequence[Hypothesis], search: Search) -> Hypothesis:
-    """The first of hypotheses that are sorted by score, with as many in `nbest` as the search returns."""
+    """The first of hypotheses that are sorted by score, or numbered, with as many in `nbest` as the search returns."""
     best = hypotheses[0]
     if search.num_return_sequences == 1:
         return best
@@ -65,6 +66,13 @@ class Backend(ABC):
             UserError: naming the option and a backend that can.
         """
 
+    def check_installed(self) -> None:  # noqa: B027 - most need nothing more
+        """Refuse to begin where an optional library is missing.
+
+        Raises:
+            UserError: naming it and how to install it.
+        """
+
     @abstractmethod
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
         """Load model and tokenizer.
@@ -89,7 +97,7 @@ class Backend(ABC):
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """The best hypothesis of each prompt, in their order; the same whatever else is in the batch.
 
-        With `num_return_sequences` above 1 each has the n best in `nbest`: see `with_nbest`.
+        With `num_return_sequences` above 1 each has the n best, or n samples, in `nbest`: see `with_nbest`.
 
         Out of memory is left to the caller: any exception that accelerate's `should_reduce_batch_size` knows makes it
         try again with half of the batch.
@@ -104,8 +112,13 @@ class Backend(ABC):
         return self.generate(prompts, search)
 
     def held(self, length: int, search: Search) -> int:
-        """Tokens whose keys and values are held for a sentence whose prompt has `length`, at most, over all beams."""
-        return (length + search.max_new_tokens) * search.num_beams
+        """Tokens whose keys and values are held for a sentence at most, over all its beams or samples.
+
+        Args:
+            length: of the prompt.
+            search: its beams or samples, and its `max_new_tokens`.
+        """
+        return (length + search.max_new_tokens) * search.rows
 
     def encode(self, prompts: Sequence[str], settings: PromptSettings) -> list[list[int]]:
         """The token ids of each prompt, as in training."""

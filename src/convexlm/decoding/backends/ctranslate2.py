@@ -31,6 +31,7 @@ class CTranslate2Backend(Backend):
       is therefore searched for again, with those n-grams forbidden one by one.
     - In a batch of prompts of several lengths it counts the tail of the longer ones as generated: only prompts of one
       length are put together.
+    - Its sampling has a stream for all sentences together, so a sample would depend on the batch; refused.
     """
 
     compute_types = (
@@ -45,13 +46,16 @@ class CTranslate2Backend(Backend):
     )
 
     def check(self, search: Search) -> None:
-        """Refuse what CTranslate2 does otherwise, or a missing installation."""
+        """Refuse what CTranslate2 does otherwise."""
+        if reason := why_not(search):
+            raise UserError(f"the ctranslate2 backend {reason}; or use --backend hf")
+
+    def check_installed(self) -> None:
+        """Refuse a missing installation."""
         try:
             import ctranslate2  # noqa: F401
         except ImportError:
             raise UserError(f"the ctranslate2 backend needs a library: {INSTALL}") from None
-        if reason := why_not(search):
-            raise UserError(f"the ctranslate2 backend {reason}; or use --backend hf")
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
         """Convert the checkpoint unless that was done before, and load it with the compute type `dtype`."""
@@ -165,6 +169,8 @@ class CTranslate2Backend(Backend):
 
 def why_not(search: Search) -> str:
     """What of a search CTranslate2 cannot do as asked, and how to ask for what it can; empty if nothing."""
+    if search.do_sample:
+        return "has one random stream for a whole batch, and none for each sentence, so it is not asked to do_sample"
     if search.num_beams == 1:
         return ""
     if search.early_stopping is not True:

@@ -21,7 +21,7 @@ LOGITS_AT_ONCE = 1 << 28
 
 @register_backend("hf")
 class HuggingFaceBackend(Backend):
-    """Greedy and beam search with transformers' models.
+    """Greedy search, beam search and sampling with transformers' models.
 
     The loops are `convexlm.decoding.generation`'s for every model that they can run, and transformers' `generate` for
     the others; both find the same hypotheses.
@@ -75,8 +75,8 @@ class HuggingFaceBackend(Backend):
         return self._search(prompts, search, Patience(len(prompts), search.max_new_tokens))
 
     def held(self, length: int, search: Search) -> int:
-        """In our loops the beams of a prompt share its keys and values."""
-        if self.why_generate:
+        """In our loops the beams of a prompt share its keys and values; samples do not."""
+        if self.why_generate or search.do_sample:
             return super().held(length, search)
         return length + search.max_new_tokens * search.num_beams
 
@@ -85,15 +85,16 @@ class HuggingFaceBackend(Backend):
     ) -> list[Hypothesis | None]:
         import torch
 
-        from convexlm.decoding.generation import beam_search, greedy_search
+        from convexlm.decoding.generation import beam_search, greedy_search, sample
 
         with torch.inference_mode():
             if self.why_generate:
                 return [*self._by_transformers(prompts, search)]
             common = (self.eos_ids, self.pad_id, self.prefix, patience)
-            if search.num_beams == 1:
+            if search.num_beams == 1 and not search.do_sample:
                 return greedy_search(self.model, prompts, search, *common)
-            found = beam_search(self.model, prompts, search, *common)
+            several = sample if search.do_sample else beam_search
+            found = several(self.model, prompts, search, *common)
             return [None if best is None else with_nbest(best, search) for best in found]
 
     def close(self) -> None:
@@ -109,8 +110,13 @@ class HuggingFaceBackend(Backend):
         import torch
         from transformers import LogitsProcessorList
 
+        from convexlm.decoding.generation.draws import Draws
         from convexlm.decoding.ngrams import NoRepeatNgrams
 
+        count = search.num_return_sequences
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        if search.do_sample:
+            prompts = asked
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -120,6 +126,8 @@ class HuggingFaceBackend(Backend):
             # Ours does not take padding for text, as transformers' does, so a batch's other prompts change nothing.
             config.no_repeat_ngram_size = None
             processors.append(NoRepeatNgrams(search.no_repeat_ngram_size, mask, search.num_beams))
+        if search.do_sample:
+            processors.append(Draws(search, prompts, width))
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -128,8 +136,7 @@ class HuggingFaceBackend(Backend):
         )
         answers = [self._trim(row) for row in output[:, width:].tolist()]
         del output
-        count = search.num_return_sequences
-        log_probs = self._score([prompt for prompt in prompts for _ in range(count)], answers)
+        log_probs = self._score(asked, answers)
         eos = set(self.eos_ids)
         hypotheses = [
             Hypothesis(answer, log_prob, bool(answer) and answer[-1] in eos)

@@ -1,11 +1,11 @@
-"""Greedy and beam search over a transformers model's forward pass, with the loops our own.
+"""Greedy search, beam search and sampling over a transformers model's forward pass, with the loops our own.
 
 They find what `generate` finds, and leave out what it does for nothing: the shared head of all prompts is computed
 once, a prompt once and not once a beam, and a finished sentence leaves the batch.
 """
 
 from convexlm.decoding.generation.beam import beam_search
-from convexlm.decoding.generation.greedy import greedy_search
+from convexlm.decoding.generation.greedy import greedy_search, sample
 from convexlm.decoding.generation.rows import Prefix, Rows, why_not
 
-__all__ = ["Prefix", "Rows", "beam_search", "greedy_search", "why_not"]
+__all__ = ["Prefix", "Rows", "beam_search", "greedy_search", "sample", "why_not"]

@@ -146,6 +146,12 @@ class Rows:
         self._prompt_mask = self._prompt_mask[rows]
         self._tail = self._tail[rows]
 
+    def spread(self, count: int) -> None:
+        """Make each prompt `count` rows, one after the other, before the first step."""
+        index = torch.arange(len(self._positions), device=self._positions.device).repeat_interleave(count)
+        self.take(index)
+        self.logits = self.logits[index]
+
     def _for_attention(self, mask: torch.Tensor) -> torch.Tensor:
         if self._model.config._attn_implementation == "sdpa":
             return mask
