@@ -17,7 +17,8 @@ from convexlm import cli
 from convexlm.checkpoints import INVENTORY_FILE
 from convexlm.errors import UserError
 from convexlm.export import export_checkpoint, kind_of
-from convexlm.model_card import clean, public_name
+from convexlm.model_card import public_name
+from convexlm.redaction import clean
 from convexlm.sharded import load_sharded
 
 if TYPE_CHECKING:

@@ -336,3 +336,32 @@ def test_a_selection_that_cannot_be_meant_is_refused(tmp_path: Path, changes: di
     with pytest.raises(UserError) as error:
         load_recipe(write_recipe(tmp_path, recipe_with(**changes)))
     assert said in str(error.value) and "tiny.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"train__hub_token": "mine"}, "train.hub_token"),
+        ({"arms__convex__hub_token": "x"}, "arms.convex.hub_token"),
+        ({"description": "with hf_abcdefghijklmnop"}, "description"),
+        ({"data__dataset": "https://me:word@example.org/data.json"}, "data.dataset"),
+        ({"plugins": ["hf_abcdefghijklmnop"]}, "plugins"),
+    ],
+)
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path, changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(tmp_path, recipe_with(**changes)))
+    assert f"`{where}` is a secret" in str(error.value)
+    assert "abcdefgh" not in str(error.value) and "word" not in str(error.value)
+
+
+def test_words_of_the_trade_are_no_secrets(tmp_path: Path) -> None:
+    said = "token: a piece of a word; the secret of a good key"
+    recipe = load_recipe(write_recipe(tmp_path, recipe_with(description=said, train__hub_token=None)))
+    assert recipe.resolved["description"] == said
+
+
+def test_a_recipe_writes_into_its_run_folder_only(tmp_path: Path) -> None:
+    for changes in ({"data__dataset_cache_dir": "/etc"}, {"name": "../x"}, {"train__output_dir": "/tmp/x"}):
+        with pytest.raises(UserError):
+            load_recipe(write_recipe(tmp_path, recipe_with(**changes)))

@@ -15,6 +15,7 @@ from convexlm.checkpoints import read_marker
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
+from convexlm.redaction import clean
 from convexlm.runs import VERSIONED, versions
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ FORMULAS = {
     "dft": "1 - exp(log p) of every token",
 }
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "rouge": "ROUGE", "comet": "COMET"}
-_SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w+|AKIA[0-9A-Z]{12,}"
-    r"|eyJ[\w-]{10,}\.[\w-]+|(?i:token|secret|passwo?r?d|api[_-]?key)\s*[=:]\s*\S+|://[^/\s:@]+:[^/\s@]+@"
-)
 _LOCAL = re.compile(r"^(/|~|\.{1,2}(/|$)|[A-Za-z]:[\\/]|\\\\|file:)")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")
 
@@ -116,11 +113,6 @@ def write_card(
     )
     write_atomic(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
     return {"scores": len(scores)}
-
-
-def clean(text: Any) -> str:
-    """A text without what looks like a token, a key or a password, on one line."""
-    return _SECRET.sub("(removed)", " ".join(str(text).split()))
 
 
 def public_name(value: Any) -> str | None:

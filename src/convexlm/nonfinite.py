@@ -85,6 +85,8 @@ class NonFiniteGuard:
         """Keep a micro-batch's loss; one that is not finite comes back so that its gradients are NaN, too."""
         kept = loss.detach()
         self._losses.append(kept)
+        if self.is_deepspeed_enabled and self._is_bad(None):  # its backward pass updates the weights
+            self._leave_out(self.model, None, updated=False)
         return loss * torch.where(kept.isfinite(), 1.0, math.nan).to(loss)
 
     def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
@@ -96,6 +98,11 @@ class NonFiniteGuard:
         if not self._is_bad(norm):
             self._skips_in_a_row = 0
             return norm
+        self._leave_out(model, norm, updated=self.is_deepspeed_enabled)
+        return norm
+
+    def _leave_out(self: Any, model: Any, norm: Any, *, updated: bool) -> None:
+        """Stop at a bad step, or skip it; `updated`: whether the weights have been updated with it already."""
         report = self._report(norm)
         path = Path(self.args.output_dir) / f"nonfinite-step-{report['step']}.json"
         if self.args.should_save:
@@ -105,7 +112,8 @@ class NonFiniteGuard:
             f"records {_names(report['record_ids'])}; report {path}"
         )
         if not self.args.skip_nonfinite_steps:
-            self._stop(f"{what}. No update was made. {_advice(report)}")
+            said = "DeepSpeed had made its update by then" if updated else "No update was made"
+            self._stop(f"{what}. {said}. {_advice(report)}")
         if not report["weights_finite"]:
             self._stop(f"{what}. The weights are not finite themselves, so skipping steps cannot help")
         if self._skips_in_a_row + 1 >= MOST_SKIPS_IN_A_ROW:
@@ -113,7 +121,6 @@ class NonFiniteGuard:
         if self.accelerator.is_main_process:
             logger.warning("skipped %s", what)
         self._skip(model)
-        return norm
 
     def _is_bad(self: Any, norm: Any) -> bool:
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
@@ -155,7 +162,7 @@ class NonFiniteGuard:
                 "loss": _number(loss),
                 "record_ids": self._names_of(records),
             }
-            for loss, records in zip(self._losses, self._records, strict=True)
+            for loss, records in zip(self._losses, self._records, strict=False)  # stopped early, some have no loss yet
         ]
         batches = gather_object(own)
         finite = all(bool(p.detach().isfinite().all()) for p in map(_local, self.model.parameters()))
@@ -223,6 +230,7 @@ def take_records(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def _local(parameter: Any) -> Any:
+    parameter = getattr(parameter, "ds_tensor", parameter)  # a process's part under ZeRO-3
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 

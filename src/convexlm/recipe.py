@@ -35,6 +35,7 @@ from convexlm.launch.settings import LaunchSettings, launch_settings
 from convexlm.options import did_you_mean
 from convexlm.plugins import load_plugins
 from convexlm.recipe_text import override, substitute, variables, with_parents
+from convexlm.redaction import find_secret
 from convexlm.selection import check_selection
 from convexlm.templates import get_template, split_pair
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
-STREAM_OPTIONS = {"streaming", "shuffle_buffer", "dataset_cache_dir"}
+STREAM_OPTIONS = {"streaming", "shuffle_buffer"}
 DATA_OPTIONS = {"template", "add_bos", "max_records", "eval_dataset"} | STREAM_OPTIONS
 SECTIONS: dict[str, set[str]] = {
     "model": {"config", "tokenizer"},  # and the options of TRL's ModelConfig
@@ -130,6 +131,11 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         return UserError(f"{path}: {text}")
 
     _only_known(raw, TOP_LEVEL, wrong, "key")
+    if where := find_secret(raw):
+        raise wrong(
+            f"`{where}` is a secret, by its looks, and a recipe is copied into run folders and reports; leave it out "
+            "and set HF_TOKEN, or the like, in the environment"
+        )
     name = raw.setdefault("name", path.stem)
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise wrong(f"`name` must be letters, digits, `.`, `_`, `+` or `-`, not {name!r}")
@@ -140,6 +146,8 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         value = raw.setdefault(section, {})
         if not isinstance(value, dict):
             raise wrong(f"`{section}` must be a mapping")
+        if "dataset_cache_dir" in value:
+            raise wrong("`data.dataset_cache_dir`: a recipe writes into its run folder only; set HF_DATASETS_CACHE")
         _only_known(value, known | (_model_options() if section == "model" else set()), wrong, f"key in `{section}`")
     if not raw["data"].get("dataset"):
         raise wrong("`data.dataset` is missing: a file, a hub name, or {kind: tinyworld, ...}")

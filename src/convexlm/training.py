@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.allocator import return_freed_memory
 from convexlm.checkpoints import (
     all_checkpoints,
     best_checkpoint,
@@ -105,6 +106,8 @@ def train_model(
 
     begun = time.monotonic()
     _quiet_libraries()
+    if return_freed_memory(args.device.type):
+        opening = ", ".join(filter(None, (opening, "freed memory goes back to the system (MALLOC_* of yours win)")))
     output_dir = Path(str(args.output_dir))
     _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)

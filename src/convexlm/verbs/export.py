@@ -35,7 +35,7 @@ def make_parser(prog: str) -> VerbParser:
     parser.add_argument(
         "--allow_pickle",
         action="store_true",
-        help="let DeepSpeed unpickle ZeRO shards; only for checkpoints that you made yourself",
+        help="let DeepSpeed unpickle ZeRO shards whatever is in them; only for those that you made yourself",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
