@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,25 @@ def test_weights_that_do_not_fit_the_config_are_refused(checkpoint: Path, tmp_pa
     (broken / "model.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(UserError, match="cannot be loaded"):
         decode_jobs(broken, [make_job(tmp_path / "out.jsonl")], device="cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("loop", ["ours", "generate"])
+def test_a_model_that_diverged_is_one_line(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any], loop: str, monkeypatch: pytest.MonkeyPatch
+):
+    from safetensors.torch import load_file, save_file
+
+    if loop == "generate":
+        monkeypatch.setattr("convexlm.decoding.generation.why_not", lambda model: "for the test")
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no numbers"):
+        decode_jobs(model, [make_job(tmp_path / "out.jsonl", max_new_tokens=4, **options)], device="cpu")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_the_hash_covers_what_changes_answers_only(tmp_path: Path):

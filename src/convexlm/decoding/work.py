@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +185,16 @@ def _encode(work: Work, engine: Backend) -> list[list[int]]:
 
 
 def _answer(hypothesis: Hypothesis, engine: Backend, search: Search) -> Answer:
-    """The part of a record that the model made, JSON-ready."""
+    """The part of a record that the model made, JSON-ready.
+
+    Raises:
+        UserError: its log-probability is NaN.
+    """
     num_tokens, log_prob = len(hypothesis.token_ids), hypothesis.log_prob
+    if log_prob is not None and math.isnan(log_prob):
+        from convexlm.decoding.generation.rows import NOT_NUMBERS
+
+        raise UserError(NOT_NUMBERS)
     answer: Answer = {
         "hypothesis": engine.text(hypothesis),
         "log_prob": log_prob,

@@ -11,10 +11,15 @@ from transformers.cache_utils import DynamicLayer
 
 from convexlm.decoding.batching import common_head
 from convexlm.decoding.generation.cache import RowCache
+from convexlm.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NOT_NUMBERS = (
+    "the model's probabilities are no numbers (NaN): its training has diverged, or it overflows in this dtype; "
+    "--dtype bfloat16 or float32 has the range"
+)
 _NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 # Their angles depend on the length of the whole prompt, so its head computed alone would be another.
@@ -93,6 +98,9 @@ class Rows:
 
     Attributes:
         logits: (prompts * beams, V) float32, of the token to come; the beams of a prompt stand one after the other.
+
+    Raises:
+        UserError: logits are NaN.
     """
 
     def __init__(self, model: Any, prompts: Sequence[list[int]], pad_id: int, prefix: Prefix, beams: int = 1) -> None:
@@ -115,6 +123,8 @@ class Rows:
         self._positions = head + lengths
         mask = self._prompt_mask if self._padded else None
         self.logits = self._forward(ids, mask, head + places.clamp(min=0))[:, -1].repeat_interleave(beams, dim=0)
+        if bool(self.logits.isnan().any()):
+            raise UserError(NOT_NUMBERS)
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> None:
         """Append a token to each beam; `logits` are then those of the next.
