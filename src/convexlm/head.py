@@ -21,17 +21,8 @@ from torch import Tensor
 
 from convexlm.head_checks import check_batch, check_transform
 from convexlm.head_chunks import Group, default_chunk_tokens, pieces_of, plan_groups, run_lengths
-from convexlm.head_tiles import (
-    TokenNumbers,
-    Transform,
-    WeightGradient,
-    add_bias_gradient,
-    hidden_gradient,
-    products_dtype,
-    project,
-    score_rows,
-    workspace,
-)
+from convexlm.head_products import WeightGradient, add_bias_gradient, hidden_gradient, products_dtype, project
+from convexlm.head_tiles import TokenNumbers, Transform, score_rows, workspace
 from convexlm.objectives import IGNORE_INDEX, Mle, Objective, ObjectiveOutput
 
 __all__ = ["FusedOutput", "fused_objective", "workspace"]
