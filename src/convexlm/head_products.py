@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ def turning_pays(device_type: str, products: torch.dtype) -> bool:
 
 @lru_cache(maxsize=1)
 def _has_amx() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is allowed
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is allowed
     return bool(capabilities().get("amx_bf16"))
 
 
@@ -184,7 +184,7 @@ class WeightGradient:
 
 
 def _turned_product(part: Tensor, thin: Tensor, wide: Tensor | None, out: Tensor) -> None:
-    """part (n, T)^T @ thin (n, H) into out (T, H), by a product of two matrices that are not transposed.
+    """Write part (n, T)^T @ thin (n, H) to out (T, H), by a product of two matrices that are not transposed.
 
     With wide, which is thin^T in a layout of its own, the product is turned; without, part is.
     """
