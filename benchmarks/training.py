@@ -77,9 +77,15 @@ def main() -> None:
         entry = {"title": table["title"], "settings": settings, "about": {**about, "load_average": load}}
         # Tables of earlier runs stay, but for one that was measured again.
         kept = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
-        kept = [old for old in kept if (old["title"], old["about"]["device"]) != (entry["title"], about["device"])]
+        kept = [old for old in kept if _identity(old) != _identity(entry)]
         found = {"tables": [*kept, {**entry, "candidates": rows}]}
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _identity(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What a table is of, and which machine it is from."""
+    about = entry["about"]
+    return entry["title"], about["device"], about["gpu"], about["cpu"], str(about["cpu_flags"])
 
 
 def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:

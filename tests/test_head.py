@@ -447,6 +447,7 @@ def test_the_log_says_which_path_ran_and_why(caplog):
         "fused head: one-pass path, because every sequence fits a chunk of 17 tokens",
         "fused head: recompute path, because a sequence has 17 target tokens and a chunk takes 16",
     ]
+    assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,9 @@ class _Pass:
         kind = self.path + "".join(c for c in reason if not c.isdigit())
         if kind not in _said:
             _said.add(kind)
-            logger.info("fused head: %s path, because %s", self.path, reason)
+            # What costs a product more and was not asked for is worth a line that is seen by default.
+            level = logging.WARNING if self.recomputed and not self.recompute else logging.INFO
+            logger.log(level, "fused head: %s path, because %s", self.path, reason)
         return groups
 
     def twice(self, group: Group) -> bool:
