@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3, help="packed rows of 512 tokens a step")
     parser.add_argument("--lora", action="store_true", help="whole steps of LoRA, all linear layers, instead of full")
     parser.add_argument("--layouts", nargs="+", choices=["padded", "packed"], default=["padded", "packed"])
+    parser.add_argument("--optim", default="adamw_torch_fused", help="optimizer of whole steps; transformers' default")
+    parser.add_argument(
+        "--one_at_a_time", action="store_true", help="end a candidate's process before the next starts: for big models"
+    )
     parser.add_argument("--float32", action="store_true", help="whole steps in float32 instead of bf16 autocast")
     parser.add_argument(
         "--data", default=os.environ.get("CONVEXLM_SHARED_DATA"), help="folder with alpaca, tokenizers"
@@ -72,9 +77,15 @@ def main() -> None:
         entry = {"title": table["title"], "settings": settings, "about": {**about, "load_average": load}}
         # Tables of earlier runs stay, but for one that was measured again.
         kept = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
-        kept = [old for old in kept if (old["title"], old["about"]["device"]) != (entry["title"], about["device"])]
+        kept = [old for old in kept if _identity(old) != _identity(entry)]
         found = {"tables": [*kept, {**entry, "candidates": rows}]}
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _identity(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What a table is of, and which machine it is from."""
+    about = entry["about"]
+    return entry["title"], about["device"], about["gpu"], about["cpu"], str(about["cpu_flags"])
 
 
 def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
@@ -89,17 +100,26 @@ def _tables(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             settings = {"tokens": tokens, "hidden_size": hidden_size, "vocabulary": vocabulary, "dtype": dtype}
             title = f"head, {tokens} tokens x {name}, {dtype}"
             tables.append(_table("head", title, {**settings, "device": device}, NAMES, args.repeats, "products"))
+            tables[-1]["one_at_a_time"] = args.one_at_a_time
     for layout, names in LAYOUTS.items() if "step" in args.level else ():
         if layout not in args.layouts:
             continue
         settings = {"layout": layout, "model": args.model, "batch": args.batch, "rows": args.rows}
         settings |= {"steps": args.steps, "bf16": not args.float32, "device": device, "data": str(args.data)}
-        settings["lora"] = args.lora
+        settings |= {"lora": args.lora, "optim": args.optim}
         size = f"batches of {args.batch}" if layout == "padded" else f"{args.rows} packed rows"
         size += ", LoRA" if args.lora else ""
-        title = f"whole step, {args.model} model, {size}, {'float32' if args.float32 else 'bf16 autocast'}"
+        title = f"whole step, {args.model} model, {size}, {_precision(args, device)}"
         tables.append(_table("step", title, settings, names, args.steps - 1, "convexlm-mle"))
+        # Several copies of 7 billion parameters would not fit the device.
+        tables[-1]["one_at_a_time"] = args.one_at_a_time or args.model == "7b"
     return tables
+
+
+def _precision(args: argparse.Namespace, device: str) -> str:
+    if args.float32:
+        return "float32"
+    return "bf16 weights" if args.model == "7b" and device == "cuda" else "bf16 autocast"
 
 
 def _table(level: str, title: str, settings: Any, names: list[str], repeats: int, base: str) -> dict[str, Any]:
@@ -116,8 +136,10 @@ class Worker:
         """Start it; it makes its inputs while the others start."""
         job = json.dumps({"level": level, **settings, "candidate": name})
         command = [sys.executable, __file__, "--worker", job]
+        # A file and not a pipe: nobody reads along, and a worker that had filled the pipe would wait for ever.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed in `end`
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.ready: dict[str, Any] = {}
 
@@ -132,32 +154,39 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        return self._read()
+        numbers = self._read()
+        if "error" in numbers:
+            self.ready = numbers
+        return numbers
 
     def end(self) -> None:
         """Let it go."""
         self.process.communicate()
+        self.errors.close()
 
     def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            return {"error": (self.process.stderr.read().strip().split("\n") or ["?"])[-1]}
+            self.errors.seek(0)
+            return {"error": self.errors.read().strip().split("\n")[-1] or "ended without a word"}
         return dict(json.loads(line))
 
 
 def _measure(table: dict[str, Any]) -> list[dict[str, Any]]:
-    workers = {name: Worker(table["level"], name, table["settings"]) for name in table["names"]}
-    for worker in workers.values():
-        worker.wait()  # nobody is timed while another still starts
-    repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for turn in range(table["repeats"] + 1):
-        for name, worker in workers.items():
-            numbers = worker.repeat()
-            if turn or "error" in numbers:
-                repeats[name].append(numbers)
-    for worker in workers.values():
-        worker.end()
+    names = table["names"]
+    repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for group in [[name] for name in names] if table["one_at_a_time"] else [names]:
+        workers = {name: Worker(table["level"], name, table["settings"]) for name in group}
+        for worker in workers.values():
+            worker.wait()  # nobody is timed while another still starts
+        for turn in range(table["repeats"] + 1):
+            for name, worker in workers.items():
+                numbers = worker.repeat()
+                if turn or "error" in numbers:
+                    repeats[name].append(numbers)
+        for worker in workers.values():
+            worker.end()
     rows = []
     for name, numbers in repeats.items():
         errors = [n["error"] for n in numbers if "error" in n]
@@ -170,6 +199,8 @@ def _measure(table: dict[str, Any]) -> list[dict[str, Any]]:
         row["peak_bytes"], row["peak_bytes_total"] = numbers[-1]["peak_bytes"], numbers[-1]["peak_bytes_total"]
         row["tokens_per_second"] = sum(n["tokens"] for n in numbers) / sum(seconds)
         row["tokens"] = [n["tokens"] for n in numbers]
+        if "matrix_share" in numbers[-1]:
+            row["matrix_share"] = statistics.median(n["matrix_share"] for n in numbers)
         row["all_processor_seconds"] = [n["processor_seconds"] for n in numbers]
         rows.append(row | {"all_seconds": seconds})
     base = next((r for r in rows if r["name"] == table["base"] and "seconds" in r), None)
@@ -196,6 +227,8 @@ def _show(table: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             f"| {row['processor_seconds']:.3f} | {row.get(f'processor_ratio_to_{base}', 0):.2f} "
             f"| {row['peak_bytes'] / 1e6:.0f} | {row['tokens_per_second']:.0f} |"
         )
+        if "matrix_share" in row:
+            print(f"| {row['name']}: {row['matrix_share']:.2f} of the measured bf16 matrix rate | | | | | | | |")
     sys.stdout.flush()
 
 

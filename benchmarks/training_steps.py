@@ -1,4 +1,9 @@
-"""Trainers that `training.py` times: the same model, records, batches and optimizer, with one loss or another."""
+"""Trainers that `training.py` times: the same model, records, batches and optimizer, with one loss or another.
+
+LLaMA-7B's shape on a GPU has bf16 weights, and so bf16 gradients and AdamW states: 13.5, 13.5 and 27 GB, where float32
+ones would take 108 GB and not fit an 80 GB card. That is a shape to time, not a recipe to train by. Layers are
+recomputed in the backward pass there, for every candidate.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,8 @@ def run(settings: dict[str, Any], wait: Callable[[], bool], report: Callable[[di
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(settings, model, _dataset(settings), folder)
         counts = {"tokens": 0, "targets": 0, "places": 0}
+        rate = _matrix_rate() if settings["device"] == "cuda" else None
+        work = _operations_per_place(model, recomputed=settings["model"] == "7b", lora=settings["lora"])
         step = trainer.training_step
 
         def counted_step(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
@@ -53,7 +60,9 @@ def run(settings: dict[str, Any], wait: Callable[[], bool], report: Callable[[di
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 _synchronize()
-                report({"seconds": time.perf_counter() - self.begin, **counts})
+                seconds = time.perf_counter() - self.begin
+                share = {} if rate is None else {"matrix_share": work * counts["places"] / seconds / rate}
+                report({"seconds": seconds, **counts, **share})
 
         trainer.add_callback(Clock())
         trainer.train()
@@ -64,10 +73,39 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _matrix_rate() -> float:
+    """Operations a second of a large bf16 product on the GPU."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        _synchronize()
+        begin = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        _synchronize()
+        seconds.append((time.perf_counter() - begin) / 4)
+    return float(2 * 8192**3 / min(seconds[1:]))
+
+
+def _operations_per_place(model: Any, *, recomputed: bool, lora: bool) -> float:
+    """Operations of a step's matrix products a place of the batch, attention's left out: 2 a weight and pass.
+
+    Three passes in training (two if the weights are frozen), one more where layers are recomputed. The head is counted
+    at every place, though convexlm's works on targets only.
+    """
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    return 2.0 * weights * ((2 if lora else 3) + recomputed)
+
+
 def _model(shape: str, device: str) -> Any:
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, pad_token_id=0, **SHAPES[shape])
-    with torch.device(device):
-        return LlamaForCausalLM(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if shape == "7b" and device == "cuda" else before)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _dataset(settings: dict[str, Any]) -> Any:
@@ -99,7 +137,7 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
         "use_cpu": settings["device"] == "cpu",
         "bf16": settings["bf16"],
         "gradient_checkpointing": settings["model"] == "7b",
-        "optim": "adamw_torch",
+        "optim": settings["optim"],
         "learning_rate": 1e-4,
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -111,7 +149,7 @@ def _trainer(settings: dict[str, Any], model: Any, dataset: Any, folder: str) ->
     }
     tokenizer = load_tokenizer(Path(settings["data"]) / "tokenizers" / "tokenizer.model")
     given: dict[str, Any] = {"model": model, "train_dataset": dataset, "processing_class": tokenizer}
-    if settings.get("lora"):
+    if settings["lora"]:
         from peft import LoraConfig
 
         given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -230,8 +230,32 @@ def test_prompt_learning_aligns_the_batch_at_its_end(kind):
     assert_same(gradients(out.loss, model), wanted_gradients)
 
 
-def test_an_adapter_on_the_head_is_refused():
-    model = with_adapter(peft.LoraConfig(r=4, target_modules=["lm_head"]))
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("also", [[], ["q_proj"]], ids=str)
+def test_lora_on_the_head(also, bf16):
+    model = with_adapter(peft.LoraConfig(r=4, lora_alpha=12, target_modules=["lm_head", *also]))
+    inputs, labels = batch(vocabulary=44)
+    call = {"labels": labels, "fused_objective": HeadCall(CONVEX)}
+    wanted = gradients(from_logits(model(**inputs).logits, labels).loss, model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(**inputs, **call)
+    got = gradients(out.loss, model)
+    assert_same(got, wanted, tolerance=4e-2 if bf16 else 1e-4)
+    assert any("lm_head.lora_A" in name for name in got) and any("lm_head.lora_B" in name for name in got)
+    with torch.no_grad():
+        with model.disable_adapter():
+            without = model(**inputs, **call).loss
+            torch.testing.assert_close(without, from_logits(model(**inputs).logits, labels).loss.float())
+        assert abs(without - out.loss) > 1e-3
+        model.merge_adapter()
+        merged = model(**inputs, **call).loss
+        torch.testing.assert_close(merged, out.loss.detach(), rtol=1e-2 if bf16 else 1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias")
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_other_adapters_on_the_head_are_refused(settings):
+    model = with_adapter(peft.LoraConfig(r=4, target_modules=["lm_head"], **settings))
     inputs, labels = batch(vocabulary=44)
     with pytest.raises(ValueError, match="adapter on the output layer"):
         model(**inputs, labels=labels, fused_objective=HeadCall(CONVEX))

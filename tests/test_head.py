@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convexlm import head as head_module
-from convexlm import head_tiles
+from convexlm import head_products
 from convexlm.head import fused_objective
 from convexlm.head_chunks import default_chunk_tokens, pieces_of, plan_groups
-from convexlm.head_tiles import products_dtype
+from convexlm.head_products import products_dtype
 from convexlm.objectives import Objective, get_objective, register_objective
 
 HIDDEN, VOCABULARY = 12, 41
@@ -447,6 +447,7 @@ def test_the_log_says_which_path_ran_and_why(caplog):
         "fused head: one-pass path, because every sequence fits a chunk of 17 tokens",
         "fused head: recompute path, because a sequence has 17 target tokens and a chunk takes 16",
     ]
+    assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
 
 
 @pytest.mark.parametrize(
@@ -505,7 +506,7 @@ def test_products_run_in_the_inputs_dtype_unless_that_is_slow(monkeypatch):
     assert torch.get_num_threads() == threads
     for bf16_seconds, wanted in ((0.25, torch.bfloat16), (0.9, torch.float32), (4.0, torch.float32)):
         seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-        monkeypatch.setattr(head_tiles, "_seconds_of_product", seconds.get)
+        monkeypatch.setattr(head_products, "_seconds_of_product", seconds.get)
         assert products_dtype.__wrapped__("cpu", torch.bfloat16) == wanted
 
 

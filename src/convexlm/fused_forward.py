@@ -186,15 +186,14 @@ def _call_head(
     """Run `call` as the forward of the head's module, so that hooks on the module see to its weight."""
     # FSDP1's wrapper is a module of its own around the head; its forward must stay.
     inner = getattr(head, "_fsdp_wrapped_module", head)
-    if _is_adapter(inner):
-        raise ValueError(
-            f"an adapter on the output layer ({type(inner).__name__}) is not supported: the fused head multiplies by "
-            "its weight and would skip it; use `modules_to_save` to train the layer itself"
-        )
+    adapter = inner if _is_adapter(inner) else None
+    if adapter is not None:
+        _check_adapter(adapter)
     found: list[FusedOutput] = []
 
     def compute(states: Tensor) -> Tensor:
-        weight, bias = inner.weight, getattr(inner, "bias", None)
+        layer = inner if adapter is None else adapter.get_base_layer()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         if weight.device.type == "meta":
             raise ValueError("the output layer's weight is offloaded; the fused head needs it on a device")
         if _is_sharded(weight):
@@ -203,7 +202,10 @@ def _call_head(
                 "that FSDP's hooks do not reach); shard the model with FSDP2 as a whole instead"
             )
         # With the model split over devices, the backbone may end on another than the head's.
-        found.append(call(states.to(weight.device), labels, weight, bias, scale, softcap))
+        states = states.to(weight.device)
+        if adapter is not None:
+            states, weight = _with_adapters(adapter, states, weight)
+        found.append(call(states, labels, weight, bias, scale, softcap))
         return found[-1].loss
 
     missing = object()
@@ -222,6 +224,37 @@ def _call_head(
 def _is_adapter(module: Any) -> bool:
     peft_layers = sys.modules.get("peft.tuners.tuners_utils")
     return peft_layers is not None and isinstance(module, peft_layers.BaseTunerLayer)
+
+
+def _check_adapter(layer: Any) -> None:
+    """Refuse an adapter on the output layer other than LoRA's plain form."""
+    from peft.tuners.lora import Linear
+
+    variants = getattr(layer, "lora_variant", {})
+    names = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
+    plain = type(layer) is Linear and not any(
+        name in variants or layer.lora_B[name].bias is not None for name in names
+    )
+    if not plain:
+        raise ValueError(
+            f"this adapter on the output layer ({type(layer).__module__}.{type(layer).__name__}) is not supported: "
+            "the fused head knows LoRA without DoRA, bias or quantization there; use `modules_to_save` to train the "
+            "layer itself"
+        )
+
+
+def _with_adapters(layer: Any, states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A LoRA layer as one without: h W^T + s (A h) B^T is [h, s A h] [W, B]^T, so a rank is one more state."""
+    if layer.merged or layer.disable_adapters:
+        return states, weight
+    parts, factors = [states], [weight]
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            down = layer.lora_A[name]
+            low = down(layer.lora_dropout[name](states.to(down.weight.dtype))) * layer.scaling[name]
+            parts.append(low.to(states.dtype))
+            factors.append(layer.lora_B[name].weight.to(weight.dtype))
+    return torch.cat(parts, -1), torch.cat(factors, 1)
 
 
 def _is_sharded(weight: Any) -> bool:

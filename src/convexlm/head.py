@@ -21,17 +21,8 @@ from torch import Tensor
 
 from convexlm.head_checks import check_batch, check_transform
 from convexlm.head_chunks import Group, default_chunk_tokens, pieces_of, plan_groups, run_lengths
-from convexlm.head_tiles import (
-    TokenNumbers,
-    Transform,
-    WeightGradient,
-    add_bias_gradient,
-    hidden_gradient,
-    products_dtype,
-    project,
-    score_rows,
-    workspace,
-)
+from convexlm.head_products import WeightGradient, add_bias_gradient, hidden_gradient, products_dtype, project
+from convexlm.head_tiles import TokenNumbers, Transform, score_rows, workspace
 from convexlm.objectives import IGNORE_INDEX, Mle, Objective, ObjectiveOutput
 
 __all__ = ["FusedOutput", "fused_objective", "workspace"]
@@ -232,7 +223,9 @@ class _Pass:
         kind = self.path + "".join(c for c in reason if not c.isdigit())
         if kind not in _said:
             _said.add(kind)
-            logger.info("fused head: %s path, because %s", self.path, reason)
+            # What costs a product more and was not asked for is worth a line that is seen by default.
+            level = logging.WARNING if self.recomputed and not self.recompute else logging.INFO
+            logger.log(level, "fused head: %s path, because %s", self.path, reason)
         return groups
 
     def twice(self, group: Group) -> bool:

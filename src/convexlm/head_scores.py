@@ -9,7 +9,8 @@ import torch
 
 from convexlm.head_checks import check_batch, check_transform
 from convexlm.head_chunks import default_chunk_tokens, pieces_of
-from convexlm.head_tiles import TokenNumbers, Transform, products_dtype, project, score_rows, workspace
+from convexlm.head_products import products_dtype, project
+from convexlm.head_tiles import TokenNumbers, Transform, score_rows, workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,12 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convexlm import head_chunks
-from convexlm.head_tiles import HALF, products_dtype
+from convexlm.head_products import CPU_TILE, products_dtype
+from convexlm.head_tiles import GPU_ROWS_BYTES, HALF, cpu_rows_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_CPU_ROWS, _GPU_ROWS, _CPU_TILE = 4 * 2**20, 256 * 2**20, 512  # as in head_tiles
 
 
 @dataclass(frozen=True)
@@ -304,7 +303,7 @@ def _head_buffers(weight: Tensor, shape: StepShape) -> _HeadBuffers:
     tokens = shape.batch * shape.length
     chunk = min(tokens, limit)
     size, high = products.itemsize, max(products.itemsize, 4)
-    rows = min(chunk, max(1, (_CPU_ROWS if on_cpu else _GPU_ROWS) // (vocabulary * high)))
+    rows = min(chunk, max(1, (cpu_rows_bytes() if on_cpu else GPU_ROWS_BYTES) // (vocabulary * high)))
     matrix = vocabulary * hidden
     total = chunk * vocabulary * size + 2 * rows * vocabulary * high
     total += chunk * hidden * (size if on_cpu or products not in HALF else 4)
@@ -317,7 +316,7 @@ def _head_buffers(weight: Tensor, shape: StepShape) -> _HeadBuffers:
         if not direct and kept_dtype.itemsize < 4:
             total += matrix * 4
         if on_cpu and products in HALF and not direct:
-            total += _CPU_TILE * hidden * size
+            total += CPU_TILE * hidden * size
     return _HeadBuffers(chunk, total, passing) if on_cpu else _HeadBuffers(chunk, 0, total + passing)
 
 
