@@ -515,3 +515,21 @@ def test_both_choices_of_products_give_the_same_numbers(products, monkeypatch):
     monkeypatch.setattr(head_module, "products_dtype", lambda *args: products)
     for chunk_tokens in (None, 18, 9):
         check(torch.bfloat16, OBJECTIVES["convex"], chunk_tokens=chunk_tokens, bias=True, logit_softcap=4.0)
+
+
+@pytest.mark.parametrize("cap", [30.0, 50.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_far_below_the_best_token_are_exact(dtype, cap):
+    # Differences of logits beyond 70 and 100, where exp() underflows in part: with mle nothing hides the gradient.
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(6, 4, generator=generator) * 3).to(dtype).requires_grad_()
+    weight = (torch.randn(9, 4, generator=generator) * 20).to(dtype).requires_grad_()
+    labels, ids = (hidden @ weight.T).argmin(-1), torch.tensor([0, 0, 0, 1, 1, 1])
+    out = fused_objective(hidden, weight, labels, ids, get_objective("mle"), logit_softcap=cap)
+    out.loss.backward()
+    tensors = {"hidden": hidden, "weight": weight}
+    wanted, gradients, _ = reference(tensors, labels, ids, get_objective("mle"), cap=cap)
+    assert wanted.loss > 50
+    torch.testing.assert_close(out.loss.double(), wanted.loss.detach(), rtol=1e-6, atol=0)
+    for name, x in tensors.items():
+        assert error(x.grad, gradients[name]) < 1e-5, name

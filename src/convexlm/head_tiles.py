@@ -167,6 +167,8 @@ def score_rows_cpu(
     buffer = workspace.take("logit rows", (rows, vocabulary), dtype, chunk.device)
     # What is needed beside the probabilities: z - max for the entropy, z for the soft cap's slope.
     both = numbers.entropy is not None or transform.cap is not None
+    # Capped logits z lie within twice the cap of each other, and the cap's slope is taken from them: none is raised.
+    least = _LEAST_LOG if transform.cap is None else min(_LEAST_LOG, -2.0 * transform.cap - 1.0)
     p_buffer = workspace.take("softmax rows", (rows, vocabulary), dtype, chunk.device) if both else buffer
     for first in range(0, n, rows):
         source, y = chunk[first : first + rows], labels[first : first + rows, None]
@@ -178,7 +180,7 @@ def score_rows_cpu(
         chosen = shifted.gather(-1, y).squeeze(-1)
         if numbers.correct is not None:
             numbers.correct[place] = _is_first_maximum(shifted, chosen, y.squeeze(-1))
-        torch.exp(shifted.clamp_(min=_LEAST_LOG), out=p)
+        torch.exp(shifted.clamp_(min=least), out=p)
         total = p.sum(-1, keepdim=True)
         log_total = total.log().squeeze(-1)
         numbers.log_probs[place] = chosen - log_total
