@@ -106,7 +106,7 @@ class RunFolder:
         """
         if self.check(recipe):
             return
-        kept = {"versions": versions()}
+        kept: dict[str, Any] = {"versions": versions()}
         if self.recipe.exists():
             before = load_yaml(self.recipe)
             kept["versions"] = before.get("versions") or kept["versions"]
