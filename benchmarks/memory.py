@@ -96,6 +96,8 @@ def main() -> None:
             rows = [{**row, **fresh.get(row["case"], {})} for row in before["rows"]]
             result["rows"] = [*rows, *(row for name, row in fresh.items() if name not in known)]
             result["about"]["command"] = f"{before['about']['command']}; {result['about']['command']}"
+            if "earlier" in before["about"]:
+                result["about"]["earlier"] = before["about"]["earlier"]
         args.output_dir.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = table(result)
@@ -303,8 +305,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {tight['growth_error']:+.1%} | {tight['peak_error']:+.1%} "
             f"| {loose['growth'] / 1e6:.0f} | {loose['growth_error']:+.1%} |"
         )
-    if others := {row["default"]["by"] for row in result["rows"] if "by" in row["default"]}:
-        lines += ["", f"\\* the same setting given by the environment instead ({', '.join(sorted(others))})."]
+    if "earlier" in facts:
+        lines += ["", f"\\* {facts['earlier']}"]
     lines.append("")
     for name, key in (("default", "growth_error"), ("default", "peak_error"), ("glibc", "growth_error")):
         errors = [abs(row[name][key]) for row in result["rows"]]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from convexlm.errors import UserError
 from convexlm.export import export_checkpoint
 from convexlm.launch.deepspeed import refuse_code, zero_folder
 from convexlm.launch.engine import refuse_another_engine
-from training_helpers import relative, tiny_config, tiny_tokenizer
+from training_helpers import environment, relative, tiny_config, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.invariant,
@@ -104,6 +109,23 @@ def test_only_the_same_goes_on_from_it(runs, engine):
     one = runs.get("convex", "even", "whole", halfway(4)).folder
     with pytest.raises(UserError, match="saved without DeepSpeed"):
         refuse_another_engine(one, resume=True, zero_stage=stage, processes=2)
+
+
+def test_the_fused_head_gathers_its_weight_once():
+    """Once in the forward and once in the backward pass; tied, once more each, as the embedding."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    made = {**environment(), **alone, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    script = str(Path(__file__).with_name("zero3_head.py"))
+    done = subprocess.run([sys.executable, script], env=made, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    for found, times in zip(json.loads(line.removeprefix("found ")), (1, 2), strict=True):
+        assert found["numbers_before"] == 0  # it was sharded
+        assert found["gathers"] == {"forward": times, "backward": times}
+        assert found["loss"] < 1e-6 and found["gradient"] < 1e-7 < 1e-3 < found["largest"]
 
 
 class Code:
