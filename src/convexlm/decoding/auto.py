@@ -23,8 +23,8 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend that is likely to be the faster one and does exactly what is asked for.
 
-    On the CPU that is `ctranslate2` (see `results/decoding.md`), else `hf`. `vllm` is never chosen: it was not
-    run on a GPU by us.
+    On the CPU that is `ctranslate2` (mostly: `results/decoding.md` has a model for which `hf` is), else
+    `hf`. `vllm` is never chosen: it was not run on a GPU by us.
 
     Args:
         checkpoint: a folder that `check_checkpoint` accepts.
@@ -50,16 +50,16 @@ def choose_backend(
     if importlib.util.find_spec("ctranslate2") is None:
         return (
             "hf",
-            "ctranslate2, which is mostly faster on a CPU, is not installed (pip install 'convexlm[ctranslate2]')",
+            "ctranslate2, which is often faster on a CPU, is not installed (pip install 'convexlm[ctranslate2]')",
         )
     from convexlm.decoding.backends.ctranslate2 import why_not
 
     for search in searches:
         if reason := why_not(search):
-            return "hf", f"ctranslate2, which is mostly faster on a CPU, {reason}"
+            return "hf", f"ctranslate2, which is often faster on a CPU, {reason}"
     return (
         "ctranslate2",
-        "on a CPU it is faster than hf in greedy search, about as fast with beams, and can do all that is asked",
+        "on a CPU it is often the faster one, which depends on model and processor, and can do all that is asked",
     )
 
 
