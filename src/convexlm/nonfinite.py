@@ -113,11 +113,11 @@ class NonFiniteGuard:
         )
         if not self.args.skip_nonfinite_steps:
             said = "DeepSpeed had made its update by then" if updated else "No update was made"
-            self._stop(f"{what}. {said}. {_advice(report)}")
+            self._stop(f"{what}. {said}. {_advice(report, self.is_deepspeed_enabled)}")
         if not report["weights_finite"]:
             self._stop(f"{what}. The weights are not finite themselves, so skipping steps cannot help")
         if self._skips_in_a_row + 1 >= MOST_SKIPS_IN_A_ROW:
-            self._stop(f"{what}. {MOST_SKIPS_IN_A_ROW} steps in a row were skipped. {_advice(report)}")
+            self._stop(f"{what}. {MOST_SKIPS_IN_A_ROW} steps in a row were skipped. {_advice(report, False)}")
         if self.accelerator.is_main_process:
             logger.warning("skipped %s", what)
         self._skip(model)
@@ -249,7 +249,9 @@ def _names(ids: Sequence[str] | None) -> str:
     return ", ".join(ids[:_SHOWN]) + more
 
 
-def _advice(report: dict[str, Any]) -> str:
+def _advice(report: dict[str, Any], deepspeed: bool) -> str:
     if not report["weights_finite"]:
         return "The weights are not finite: go back to an earlier checkpoint with a lower learning rate"
+    if deepspeed:  # which cannot skip a step
+        return "Look at these records, or lower the learning rate"
     return "Look at these records, lower the learning rate, or skip such steps with --skip_nonfinite_steps"

@@ -107,7 +107,7 @@ def train_model(
     begun = time.monotonic()
     _quiet_libraries()
     if return_freed_memory(args.device.type):
-        opening = ", ".join(filter(None, (opening, "freed memory goes back to the system (MALLOC_* of yours win)")))
+        opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     output_dir = Path(str(args.output_dir))
     _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)
