@@ -184,6 +184,8 @@ def test_records_hold_all_samples(checkpoint: Path, tmp_path: Path):
     assert result.search == "sample-t0.8-p0.95"
     rows = read(job.output_file)
     assert [row["source"] for row in rows] == SOURCES
+    generated = sum(entry["tokens"] for row in rows for entry in row["samples"])
+    assert result.tokens_per_second == pytest.approx(generated / result.seconds, rel=0.05)
     for row in rows:
         assert {key: row[key] for key in row["samples"][0]} == row["samples"][0]
         assert len(row["samples"]) == 3

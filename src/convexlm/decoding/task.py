@@ -111,7 +111,8 @@ class Task:
         fresh = [(place, answer) for place, answer in pairs if answer and ids[place] not in self.store.records]
         put_off = [ids[place] for place, answer in pairs if answer is None]
         self.store.append([self._record(*pair) for pair in fresh], put_off, part.batch.round)
-        self.tokens += sum(answer["tokens"] for _, answer in fresh)
+        # All samples were generated one by one; of an n-best list only the best counts, as without one.
+        self.tokens += sum(one["tokens"] for _, answer in fresh for one in answer.get("samples", [answer]))
 
     def _next_round(self) -> None:
         while not self._ready and not self._out and (later := self.store.put_off.get(self._round)):
