@@ -10,7 +10,7 @@ is compared is the growth, peak - base, with `estimate_memory(...).peak`; and th
 what the framework takes (one constant for all).
 
 A process's resident set also holds what the C library keeps of freed memory. Each case therefore runs in two ways,
-turn by turn: `default` is how `convexlm train` sets glibc's allocator on a CPU (`convexlm.allocator`: freed tensors go
+turn by turn: `returning` is `--return_freed_memory true` on a CPU (`convexlm.allocator`: freed tensors go
 back to the system), and `glibc` is glibc as it comes, with its moving threshold.
 """
 
@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, grouped heads": {**PLAIN, "model": "qwen3-53m", "length": 384, "batch": 2},
 }
 # Any variable MALLOC_* is the user's choice, which stands; this one has glibc's own value.
-ALLOCATORS = {"default": {}, "glibc": {"MALLOC_TOP_PAD_": "131072"}}
+ALLOCATORS = {"returning": {}, "glibc": {"MALLOC_TOP_PAD_": "131072"}}
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -179,7 +179,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from convexlm.allocator import return_freed_memory
     from convexlm.head import workspace
 
-    return_freed_memory()  # as `convexlm train` does
+    return_freed_memory()  # as `convexlm train --return_freed_memory true` does
     tiny = {**case, "batch": 2, "length": 32, "model": "tiny"}
     SHAPES["tiny"] = {**SHAPES[case["model"]], "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
     SHAPES["tiny"]["vocab_size"] = 64
@@ -286,19 +286,20 @@ def table(result: dict[str, Any]) -> str:
         f"{facts['libc']}, {packages}. Medians over the repeats; MB is 10^6 bytes.",
         "",
         "Growth is the peak of the resident set in training, less the resident set before there was a model. "
-        "`default` is glibc as `convexlm train` sets it on a CPU (blocks of 1 MiB and more go back to the system when "
-        "freed; `convexlm.allocator`), `glibc` is glibc as it comes, which keeps some of what was freed. Errors are "
-        "(estimate - measured) / measured. `whole process` is the default's, framework included. On a CPU the head "
+        "`returning` is glibc as `--return_freed_memory true` sets it on a CPU (blocks of 1 MiB and more go back to "
+        "the system when freed; `convexlm.allocator`), `glibc` is glibc as it comes, which keeps some of what was freed. "
+        "Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework included. On a CPU "
+        "the head "
         "decides "
         "by timing, once a process, whether half-precision products pay; the estimate is made in that process, "
         "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
         "about 200 MB here. GPU, FSDP2 and DeepSpeed: not measured.",
         "",
-        "| case | parameters | trained | estimate MB | default MB | error | whole process | glibc MB | error |",
+        "| case | parameters | trained | estimate MB | returning MB | error | whole process | glibc MB | error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        estimate, tight, loose = row["estimate"], row["default"], row["glibc"]
+        estimate, tight, loose = row["estimate"], row["returning"], row["glibc"]
         lines.append(
             f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
             f"| {estimate['peak'] / 1e6:.0f} | {tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} "
@@ -308,7 +309,7 @@ def table(result: dict[str, Any]) -> str:
     if "earlier" in facts:
         lines += ["", f"\\* {facts['earlier']}"]
     lines.append("")
-    for name, key in (("default", "growth_error"), ("default", "peak_error"), ("glibc", "growth_error")):
+    for name, key in (("returning", "growth_error"), ("returning", "peak_error"), ("glibc", "growth_error")):
         errors = [abs(row[name][key]) for row in result["rows"]]
         what = "the growth" if key == "growth_error" else "the whole process"
         inside = sum(error <= 0.15 for error in errors)

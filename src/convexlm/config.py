@@ -78,6 +78,13 @@ class ConvexConfig(SFTConfig):
         metadata={"help": "Side on which rows of a batch are padded, `right` or `left`; the loss is the same."},
     )
 
+    return_freed_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "On a CPU with glibc, give freed memory of 1 MiB and more back to the system at once: the peak is "
+            "then what the dry run estimates, but a step takes longer (docs/training.md)."
+        },
+    )
     skip_nonfinite_steps: bool = field(
         default=False,
         metadata={

@@ -106,7 +106,7 @@ def train_model(
 
     begun = time.monotonic()
     _quiet_libraries()
-    if return_freed_memory(args.device.type):
+    if args.return_freed_memory and return_freed_memory(args.device.type):
         opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     output_dir = Path(str(args.output_dir))
     _check_streaming(data, args)
