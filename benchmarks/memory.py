@@ -288,10 +288,9 @@ def table(result: dict[str, Any]) -> str:
         "Growth is the peak of the resident set in training, less the resident set before there was a model. "
         "`returning` is glibc as `--return_freed_memory true` sets it on a CPU (blocks of 1 MiB and more go back to "
         "the system when freed; `convexlm.allocator`), `glibc` is glibc as it comes, which keeps some of what was "
-        "freed. Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework included. On a CPU "
-        "the head "
-        "decides "
-        "by timing, once a process, whether half-precision products pay; the estimate is made in that process, "
+        "freed. Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework included. "
+        "On a CPU the head decides by timing, once a process, whether half-precision products pay; the estimate is "
+        "made in that process, "
         "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
         "about 200 MB here. GPU, FSDP2 and DeepSpeed: not measured.",
         "",
