@@ -2,8 +2,8 @@ r"""Draw docs/evidence-ambiguity.svg: how often greedy search finds the most pro
 
     python benchmarks/evidence/figure_ambiguity.py results/evidence.jsonl --output docs/evidence-ambiguity.svg
 
-Lines are means over seeds with every seed a dot; dashed lines are what theory predicts of a model that is free to
-follow the objective to its optimum.
+Prints the table of docs/evidence.md too. Lines are means over seeds, every seed a dot; dashed lines are what theory
+predicts of a model that is free to follow the objective to its optimum.
 """
 
 from __future__ import annotations
@@ -32,6 +32,36 @@ def curves(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[float, lis
     return found
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: means over seeds and, in brackets, every seed; what theory predicts; BLEU of both searches."""
+    columns = [
+        "free translations",
+        "arm",
+        "greedy is the mode, %",
+        "theory",
+        "beam5 is the mode, %",
+        "BLEU greedy, beam5",
+    ]
+    out = ["| " + " | ".join(columns) + " |", "|--:|---|---|--:|--:|---|"]
+    kept = [row for row in rows if row["experiment"].startswith("tinyworld-choices") and row["stage"] != "tune"]
+    kept = [row for row in kept if row["role"] == "theory" or (row["role"] == "test" and row["selected"])]
+    for n in sorted({row["variants"] for row in kept}):
+        for arm, name in NAMES.items():
+            found: dict[tuple[str, str], list[float]] = {}
+            for row in sorted(kept, key=lambda row: row.get("seed", 0)):
+                if (row["variants"], row["arm"]) == (n, arm):
+                    found.setdefault((row["metric"], row["search"]), []).append(row["score"])
+            if not found:
+                continue
+            modes = found["mode_share", "greedy"]
+            out.append(
+                f"| {n:g} | {name} | {mean(modes):.1f} ({', '.join(f'{score:.0f}' for score in modes)}) "
+                f"| {mean(found['predicted_mode_share', 'greedy']):.0f} | {mean(found['mode_share', 'beam5']):.1f} "
+                f"| {mean(found['bleu', 'greedy']):.1f}, {mean(found['bleu', 'beam5']):.1f} |"
+            )
+    return "\n".join(out)
+
+
 def main() -> None:
     """Read the command line."""
     import matplotlib
@@ -44,6 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     rows = read_jsonl(args.rows)
+    print(table(rows))
     measured, predicted = curves(rows, "mode_share"), curves(rows, "predicted_mode_share")
     settings = {"svg.hashsalt": "convexlm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(settings):
