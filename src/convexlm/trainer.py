@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from trl import SFTTrainer, pack_dataset
 
+from convexlm.accelerate_environment import leave_the_environment
 from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+leave_the_environment()
 
 
 class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTrainer):
