@@ -1,8 +1,8 @@
 """Keeps accelerate from emptying the process's environment while native threads may be reading it.
 
 accelerate (1.12 to 1.15) takes every variable out of the environment and puts it back at each
-`KwargsHandler.to_kwargs()`, which preparing a model calls. The C library's `getenv` in another thread, of a BLAS or of a
-runtime, then reads a list that is being rewritten; one training has ended in a segmentation fault in it about there.
+`KwargsHandler.to_kwargs()`, which preparing a model calls. The C library's `getenv` in another thread, of a BLAS or of
+a runtime, then reads a list that is being rewritten; one training has ended in a segmentation fault in it about there.
 What accelerate wants, defaults that no variable has changed, needs only Python's view of the environment emptied.
 """
 
