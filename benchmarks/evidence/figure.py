@@ -24,6 +24,8 @@ NAMES = {
     "dft": "token level (DFT)",
     "convex-k1": "convex k = 1",
     "convex-k2": "convex k = 2",
+    "convex-k4": "convex k = 4",
+    "convex-k8": "convex k = 8",
     "filter-mle": "MLE, filtered by p̄",
     "oracle-mle": "MLE, clean pairs (oracle)",
 }

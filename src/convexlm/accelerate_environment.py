@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def clear_environment() -> Iterator[None]:
     """While entered, `os.environ` is empty; the process's own environment stays as it is."""
     kept = os.environ
-    os.environ = {}  # type: ignore[assignment]
+    os.environ = {}  # type: ignore[assignment]  # noqa: B003 (not to clear it is the point)
     try:
         yield
     finally:
-        os.environ = kept
+        os.environ = kept  # noqa: B003
 
 
 def leave_the_environment() -> None:
