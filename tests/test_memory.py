@@ -273,7 +273,7 @@ def test_a_measured_peak(case: dict[str, Any]) -> None:
         [sys.executable, str(BENCHMARK), "--child", json.dumps(case)],
         capture_output=True,
         text=True,
-        env={**os.environ, **benchmark.ALLOCATORS["releasing"], "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **benchmark.ALLOCATORS["returning"], "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
