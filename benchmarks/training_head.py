@@ -30,12 +30,14 @@ class HeadCandidate:
         """Make the inputs, the same for every candidate."""
         if name in CUDA_ONLY and device != "cuda":
             raise RuntimeError(f"{name} needs CUDA")
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         make = lambda *shape, scale=1.0: (  # noqa: E731
-            (torch.randn(*shape, generator=generator) * scale).to(device, getattr(torch, dtype)).requires_grad_()
+            (torch.randn(*shape, generator=generator, device=device) * scale)
+            .to(getattr(torch, dtype))
+            .requires_grad_()
         )
         self.hidden, self.weight = make(tokens, hidden_size), make(vocabulary, hidden_size, scale=hidden_size**-0.5)
-        self.labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+        self.labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
         self.ids = (torch.arange(tokens) // SEQUENCE).to(device)
         self._run = getattr(self, "_" + name.replace("-", "_"))
         self._buffers: list[torch.Tensor] = []

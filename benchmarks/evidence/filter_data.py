@@ -30,7 +30,7 @@ def mean_log_probs(checkpoint: Path, dataset: Path, max_length: int) -> dict[str
     tokenizer = load_tokenizer(str(checkpoint))
     records = load_records(str(dataset), template=settings.template)
     tokenized = tokenize_records(records, tokenizer, settings, max_length)
-    model = load_model(checkpoint, "cpu", torch.float32)
+    model = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     measured = measure(model, tokenized.rows, eos_token_id=tokenizer.eos_token_id)
     return {row["record_id"]: float(m) for row, m in zip(tokenized.rows, measured.m, strict=True)}
 

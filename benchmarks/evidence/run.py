@@ -27,6 +27,7 @@ from adopt import adopt  # noqa: E402
 from make_data import make  # noqa: E402
 from noise import KINDS  # noqa: E402
 from rows import collect, read_jsonl, write_jsonl  # noqa: E402
+from side_by_side import train_side_by_side  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,15 +90,31 @@ def final_recipe(
     }
 
 
-def run(recipe: Path, run_dir: Path, overrides: Sequence[str], log: Path) -> None:
-    """`convexlm run`, its progress appended to a file; a failure ends this program with the log's last lines."""
+def run(todo: Sequence[tuple[Path, Path]], overrides: Sequence[str], log: Path, *, at_once: bool = False) -> None:
+    """`convexlm run` for every (recipe, run folder), progress appended to a file.
+
+    A failure ends this program with the log's last lines.
+
+    Args:
+        todo: recipes and their run folders.
+        overrides: as of `convexlm run --set`.
+        log: the file.
+        at_once: all side by side.
+    """
     words = [word for one in overrides for word in ("--set", one)]
-    command = [sys.executable, "-m", "convexlm.cli", "run", str(recipe), "--run_dir", str(run_dir), *words]
+    running = []
     with log.open("a", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        tail = log.read_text(encoding="utf-8").split("\n")[-6:]
-        raise SystemExit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(tail))
+        for recipe, run_dir in todo:
+            command = [sys.executable, "-m", "convexlm.cli", "run", str(recipe), "--run_dir", str(run_dir), *words]
+            running.append((command, subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)))
+            if not at_once:
+                running[-1][1].wait()
+                if running[-1][1].returncode:
+                    break
+    for command, process in running:
+        if code := process.wait():
+            tail = log.read_text(encoding="utf-8").split("\n")[-6:]
+            raise SystemExit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(tail))
 
 
 def main() -> None:
@@ -122,6 +139,9 @@ def main() -> None:
     parser.add_argument("--stop_after", choices=["data", "base", "tune", "final"], default="final")
     parser.add_argument("--vocab_size", type=int, default=4000)
     parser.add_argument(
+        "--processes", type=int, default=1, help="trainings that run side by side, on a GPU with room for them"
+    )
+    parser.add_argument(
         "--rows", type=Path, help="file to append the experiment's rows to (its old ones are replaced)"
     )
     args = parser.parse_args()
@@ -140,7 +160,7 @@ def main() -> None:
     base = args.base_checkpoint and args.base_checkpoint.resolve()
     if stages[args.stop_after] >= 1 and base is None:
         settings = [*(f"vars.{key}={value}" for key, value in variables.items()), *args.set_base]
-        run(args.base_recipe, folder / "base", settings, log)
+        run([(args.base_recipe, folder / "base")], settings, log)
         chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
@@ -156,17 +176,27 @@ def main() -> None:
             command = [sys.executable, str(HERE / "filter_data.py"), *words]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             (data / "filter.json").write_text(out, encoding="utf-8")
-        write_yaml(folder / "tune.yaml", tune_recipe(args.recipe, arms, args.rates, variables))
-        run(folder / "tune.yaml", folder / "tune", args.set, log)
+        recipe = tune_recipe(args.recipe, arms, args.rates, variables)
+        if args.processes > 1:
+            recipe["decode"]["num_processes"] = args.processes
+        write_yaml(folder / "tune.yaml", recipe)
+        tuning = [(folder / "tune.yaml", folder / "tune")]
+        if args.processes > 1:
+            train_side_by_side(tuning, args.set, args.processes, log)
+        run(tuning, args.set, log)
         best = choose(read_jsonl(folder / "tune" / "scores.jsonl"))
         (folder / "chosen.json").write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
-    # A run folder a seed: `convexlm run` takes no further seed into a folder.
+    # A run folder a seed, so that more of them can be added, and run side by side.
+    final = []
     for seed in args.seeds if stages[args.stop_after] >= 3 else []:
-        write_yaml(folder / f"final-seed{seed}.yaml", final_recipe(args.recipe, arms, best, seed, variables))
+        final.append((folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}"))
+        write_yaml(final[-1][0], final_recipe(args.recipe, arms, best, seed, variables))
         if seed == TUNING_SEED:
             rates = {arm: entry["learning_rate"] for arm, entry in best.items()}
-            adopt(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", folder / "tune", rates, args.set)
-        run(folder / f"final-seed{seed}.yaml", folder / f"final-seed{seed}", args.set, log)
+            adopt(*final[-1], folder / "tune", rates, args.set)
+    if args.processes > 1:
+        train_side_by_side(final, args.set, args.processes, log)
+    run(final, args.set, log, at_once=args.processes > 1)
     if args.rows:
         fresh = collect(folder, name)
         old = [row for row in read_jsonl(args.rows) if row["experiment"] != name] if args.rows.exists() else []

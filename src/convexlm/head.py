@@ -13,14 +13,16 @@ is repeated here. A sequence longer than a chunk has its logits computed twice (
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexlm.head_checks import check_batch, check_transform
-from convexlm.head_chunks import Group, default_chunk_tokens, pieces_of, plan_groups, run_lengths
+from convexlm.head_chunks import Group, default_chunk_tokens, number_runs, pieces_of, plan_groups, run_lengths
 from convexlm.head_products import WeightGradient, add_bias_gradient, hidden_gradient, products_dtype, project
 from convexlm.head_tiles import TokenNumbers, Transform, score_rows, workspace
 from convexlm.objectives import IGNORE_INDEX, Mle, Objective, ObjectiveOutput
@@ -101,15 +103,25 @@ def fused_objective(
     """
     check_batch(hidden, lm_head_weight, labels, sequence_ids, bias, sample_weights, chunk_tokens, vocab_chunk)
     check_transform(logit_scale, logit_softcap)
-    mask = labels != IGNORE_INDEX
-    places = None if bool(mask.all()) else mask.nonzero().squeeze(-1)
+    # One look at the device's numbers for all that is asked of them: every other one would stall it.
+    here = torch.stack((labels.long(), sequence_ids.long())).cpu() if labels.device.type != "cpu" else None
+    labels_here, ids_here = (labels, sequence_ids) if here is None else here
+    mask = labels_here != IGNORE_INDEX
+    places_here = None if bool(mask.all()) else mask.nonzero().squeeze(-1)
+    places = None if places_here is None else places_here.to(labels.device)
 
-    def take(x: Tensor) -> Tensor:
+    def take(x: Tensor, places: Tensor | None = places) -> Tensor:
         return x if places is None else x[places]
 
+    kept, vocabulary = take(labels_here, places_here), lm_head_weight.shape[0]
+    if len(kept) and not (int(kept.min()) >= 0 and int(kept.max()) < vocabulary):
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}"
+        )
     pass_ = _Pass(
         take(labels).long(),
         take(sequence_ids),
+        run_lengths(take(ids_here, places_here)),
         objective,
         normalizer,
         None if sample_weights is None else take(sample_weights),
@@ -119,11 +131,6 @@ def fused_objective(
         (need_entropy, need_accuracy),
         recompute,
     )
-    kept, vocabulary = pass_.labels, lm_head_weight.shape[0]
-    if len(kept) and not (int(kept.min()) >= 0 and int(kept.max()) < vocabulary):
-        raise ValueError(
-            f"labels must lie in [0, {vocabulary}) or be -100; found {int(kept.min())}, {int(kept.max())}"
-        )
     loss = _fused(take(hidden), lm_head_weight, bias, pass_)
     return pass_.output(loss, mask, places)
 
@@ -174,6 +181,7 @@ class _Pass:
         self,
         labels: Tensor,
         sequence_ids: Tensor,
+        runs: tuple[list[int], bool],
         objective: Objective,
         normalizer: float | Tensor | None,
         sample_weights: Tensor | None,
@@ -184,10 +192,13 @@ class _Pass:
         recompute: bool,
     ) -> None:
         self.labels, self.sequence_ids, self.sample_weights = labels, sequence_ids, sample_weights
+        self.lengths, self.in_runs = runs
+        self.own_call = type(objective).__call__ is not Objective.__call__
         self.objective, self.normalizer = objective, normalizer
         self.scale, self.cap = scale_and_cap
         self.chunk_tokens, self.vocab_chunk, self.recompute = chunk_tokens, vocab_chunk, recompute
         self.need_entropy, self.need_accuracy = need
+        self._runs: tuple[Tensor, list[int]] | None = None
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -197,14 +208,13 @@ class _Pass:
         device = self.labels.device
         limit = self.chunk_tokens or default_chunk_tokens(vocabulary, products.itemsize, device)
         self.chunk_tokens = limit
-        own_call = type(self.objective).__call__ is not Objective.__call__
-        lengths, in_runs = run_lengths(self.sequence_ids)
-        if self.recompute or own_call or not in_runs:
+        lengths = self.lengths
+        if self.recompute or self.own_call or not self.in_runs:
             reason = (
                 "it was asked for"
                 if self.recompute
                 else "the objective defines its own `__call__`, so sequences may depend on each other"
-                if own_call
+                if self.own_call
                 else "the tokens of a sequence are not side by side"
             )
             return self._planned(reason, [Group(pieces_of(0, tokens, limit))] if tokens else [])
@@ -261,7 +271,8 @@ class _Pass:
         vocabulary = weight.shape[0]
         high = torch.promote_types(products, torch.float32)
         groups = self.plan(vocabulary, products)
-        if self.normalizer is None:
+        alone = len(groups) == 1 and any(needs)  # what gives the coefficients gives the loss too
+        if self.normalizer is None and not (alone and products != torch.float16):
             self.normalizer = self._score(torch.zeros(tokens, dtype=high, device=device), slice(None)).normalizer
         self.numbers = TokenNumbers(
             torch.zeros(tokens, dtype=high, device=device),
@@ -307,7 +318,8 @@ class _Pass:
                 if d_bias is not None:
                     add_bias_gradient(chunk, factor, d_bias)
 
-        self.scored = self._score(self.numbers.log_probs, slice(None))
+        if not alone:
+            self.scored = self._score(self.numbers.log_probs, slice(None))
         gradients = (
             d_hidden,
             None if d_weight is None else d_weight.finish(),
@@ -321,20 +333,31 @@ class _Pass:
     # -- the objective ------------------------------------------------------------------------------------------------
 
     def _score(self, log_probs: Tensor, part: slice) -> ObjectiveOutput:
-        weights = self.sample_weights
-        return self.objective(
-            log_probs,
-            torch.ones(log_probs.shape, dtype=torch.bool, device=log_probs.device),
-            sequence_ids=self.sequence_ids[part],
-            normalizer=self.normalizer,
-            sample_weights=None if weights is None else weights[part],
-        )
+        mask = torch.ones(log_probs.shape, dtype=torch.bool, device=log_probs.device)
+        weights = None if self.sample_weights is None else self.sample_weights[part]
+        if self.own_call or not self.in_runs:
+            ids = self.sequence_ids[part]
+            return self.objective(log_probs, mask, ids, normalizer=self.normalizer, sample_weights=weights)
+        segments, count = self._segments(part)
+        return self.objective.over_segments(log_probs, mask, segments, count, self.normalizer, weights)
+
+    def _segments(self, part: slice) -> tuple[Tensor, int]:
+        """The numbers of these tokens' sequences, from 0, and how many there are."""
+        start, stop, _ = part.indices(len(self.labels))
+        if self._runs is None:
+            self._runs = number_runs(self.sequence_ids), list(accumulate(self.lengths))
+        numbers, ends = self._runs
+        if stop == start:
+            return numbers[part], 0
+        first, last = bisect_right(ends, start), bisect_right(ends, stop - 1)
+        return (numbers[part] - first if first else numbers[part]), last - first + 1
 
     def _coefficients(self, part: slice) -> Tensor:
         """-dL/d log p of these tokens (the factor on d(-log p)), times the logits' scale."""
         with torch.enable_grad():
             log_probs = self.numbers.log_probs[part].clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self._score(log_probs, part).loss, log_probs)
+            self.scored = self._score(log_probs, part)
+            (slope,) = torch.autograd.grad(self.scored.loss, log_probs)
         return slope * -self.scale
 
     # -- the result ---------------------------------------------------------------------------------------------------

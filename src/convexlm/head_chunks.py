@@ -83,3 +83,11 @@ def run_lengths(sequence_ids: Tensor) -> tuple[list[int], bool]:
         return [], True
     ids, counts = sequence_ids.cpu().unique_consecutive(return_counts=True)
     return counts.tolist(), len(ids.unique()) == len(ids)
+
+
+def number_runs(sequence_ids: Tensor) -> Tensor:
+    """The number of every token's run of equal ids, from 0: (N,) int64, without looking at the device's numbers."""
+    numbers = torch.zeros(len(sequence_ids), dtype=torch.long, device=sequence_ids.device)
+    if len(sequence_ids) > 1:
+        torch.cumsum(sequence_ids[1:] != sequence_ids[:-1], 0, out=numbers[1:])
+    return numbers

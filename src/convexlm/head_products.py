@@ -94,9 +94,7 @@ def hidden_gradient(chunk: Tensor, weight: Tensor, factor: Tensor, out: Tensor) 
     else:
         product = workspace.take("hidden product", tuple(out.shape), chunk.dtype, chunk.device)
         torch.mm(chunk, weight, out=product)
-    torch.mul(product, factor[:, None], out=out) if product.dtype == factor.dtype == out.dtype else out.copy_(
-        product * factor[:, None]
-    )
+    torch.mul(product, factor[:, None], out=out)  # in the wider of their dtypes, whatever `out` has
 
 
 def add_bias_gradient(chunk: Tensor, factor: Tensor, total: Tensor) -> None:
@@ -138,7 +136,8 @@ class WeightGradient:
         self._turned = turning_pays(device.type, products)
         self._direct = chunks == 1 and products == dtype and products != torch.float16
         self._sum_dtype = products if self._direct else torch.promote_types(products, torch.float32)
-        tiled = self._turned or (products in HALF and not self._direct)
+        # Tiles are for a CPU's cache; a GPU would only get hundreds of small products for them.
+        tiled = self._turned or (device.type == "cpu" and products in HALF and not self._direct)
         self._tile = tile or (CPU_TILE if tiled else shape[0])
         self.result = torch.empty(shape, dtype=dtype, device=device)
         self._sum = (
@@ -151,7 +150,8 @@ class WeightGradient:
         """One more chunk (n, V), with hidden (n, H) in any dtype and factor (n,) in float32 or float64."""
         if self._unit is not None:
             factor = factor / self._unit
-        thin = (hidden * factor[:, None]).to(self._products)
+        thin = torch.empty(hidden.shape, dtype=self._products, device=hidden.device)
+        torch.mul(hidden, factor[:, None], out=thin)
         # Of the two ways to lay a product out, the one that turns the smaller matrix.
         wide = thin.t().contiguous() if self._turned and thin.shape[0] >= thin.shape[1] else None
         on_gpu = chunk.device.type == "cuda"
