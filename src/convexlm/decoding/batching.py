@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 TOKEN_BUDGET = 32768
-"""Tokens of a batch whose keys and values are held: 16 GiB for a 7B Llama in bfloat16. The longest answers count."""
+"""Tokens of a batch whose keys and values are held, where nothing says better. The longest answers count."""
 
-MAX_SENTENCES = 128
+MAX_SENTENCES, MAX_SENTENCES_ON_GPU = 128, 512
 """A batch's results are written when all of it is done, so a batch is also what a crash can lose."""
+
+_SHARE_FOR_CACHE = 0.4
+"""Of a GPU's memory beside the weights; the rest is for the step itself, and for caches that are copied to grow."""
 
 Item = TypeVar("Item")
 
@@ -24,6 +27,7 @@ def plan_batches(
     held: Sequence[int],
     batch_size: int | None = None,
     token_budget: int = TOKEN_BUDGET,
+    most: int = MAX_SENTENCES,
 ) -> list[tuple[int, ...]]:
     """Positions of sentences in batches, those with the longest prompts first.
 
@@ -36,16 +40,31 @@ def plan_batches(
         held: the tokens that each sentence takes of the budget, likewise.
         batch_size: sentences a batch; None: as many as the token budget allows.
         token_budget: most tokens a batch.
+        most: most sentences a batch that the token budget makes.
     """
     order = sorted(positions, key=lambda position: (-lengths[position], position))
     batches: list[tuple[int, ...]] = []
     while order:
         size = batch_size
         if size is None:  # the first has the longest prompt, and so takes most
-            size = max(1, min(MAX_SENTENCES, token_budget // held[order[0]]))
+            size = max(1, min(most, token_budget // held[order[0]]))
         batches.append(tuple(order[:size]))
         order = order[size:]
     return batches
+
+
+def tokens_that_fit(memory: int, weights: int, a_token: int) -> int:
+    """The token budget of a GPU: as many tokens as keys and values fit beside the weights, with room to spare.
+
+    All of its memory and not what happens to be free, so that the same job on the same kind of GPU has the same
+    batches; where that is too much, because others use the GPU too, batches are halved.
+
+    Args:
+        memory: bytes that the GPU has.
+        weights: bytes of the model.
+        a_token: bytes of the keys and values of one token in all layers.
+    """
+    return max(1024, int(_SHARE_FOR_CACHE * max(0, memory - weights)) // max(1, a_token))
 
 
 def common_head(prompts: Sequence[list[int]]) -> list[int]:

@@ -34,7 +34,7 @@ class Options:
     dtype: str | None
     trust_remote_code: bool
     compute_type: str | None
-    limits: tuple[int | None, int]
+    limits: tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.backends import get_backend
-from convexlm.decoding.batching import TOKEN_BUDGET
 from convexlm.decoding.job import DecodeJob, DecodeResult
 from convexlm.decoding.joblist import JobList
 from convexlm.decoding.pool import Pool
@@ -118,7 +117,7 @@ def decode_sweep(
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     trust_remote_code: bool = False,
     compute_type: str | None = None,
     num_processes: int = 1,
@@ -142,7 +141,8 @@ def decode_sweep(
         device: a torch device; None: the first GPU if there is one.
         dtype: float32, bfloat16 or float16; None: as the checkpoint was saved, float32 on the CPU.
         batch_size: sentences a batch; None: as many as `token_budget` allows.
-        token_budget: tokens of a batch whose keys and values are held, prompts and longest answers over all beams.
+        token_budget: tokens of a batch whose keys and values are held, prompts and longest answers over all beams;
+            None: what fits a GPU, 32768 on a CPU.
         trust_remote_code: let the checkpoint run its own Python code.
         compute_type: what the `ctranslate2` backend computes in, `int8` for instance, in place of `dtype`.
         num_processes: processes on this machine that share the work out; on a machine with GPUs they take these in
@@ -161,7 +161,7 @@ def decode_sweep(
     """
     if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
         raise UserError(f"batch_size must be a whole number, at least 1, not {batch_size!r}")
-    if token_budget < 1:
+    if token_budget is not None and token_budget < 1:
         raise UserError(f"the token budget of a batch must be at least 1, not {token_budget}")
     if isinstance(num_processes, bool) or num_processes < 1:
         raise UserError(f"num_processes must be a whole number, at least 1, not {num_processes!r}")

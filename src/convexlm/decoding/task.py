@@ -30,11 +30,16 @@ class Task:
         job: the job.
         prompts: its prompts.
         store: its files.
-        limits: sentences and tokens a batch, see `plan_batches`.
+        limits: sentences and tokens a batch, see `plan_batches`; None: as the backend says.
     """
 
     def __init__(
-        self, number: int, job: DecodeJob, prompts: list[str], store: DecodeStore, limits: tuple[int | None, int]
+        self,
+        number: int,
+        job: DecodeJob,
+        prompts: list[str],
+        store: DecodeStore,
+        limits: tuple[int | None, int | None],
     ) -> None:
         self.number = number
         self.job = job
@@ -121,7 +126,8 @@ class Task:
 
     def _plan(self, positions: Any) -> None:
         assert self._sizes is not None
-        plan = plan_batches(positions, self._sizes.lengths, self._sizes.held, *self._limits)
+        sizes, (batch_size, budget) = self._sizes, self._limits
+        plan = plan_batches(positions, sizes.lengths, sizes.held, batch_size, budget or sizes.token_budget, sizes.most)
         batches = [Batch(self.number, batch, self._round, patient=len(plan) == 1) for batch in plan]
         # A batch that is done in part only (its last write was torn) is decoded whole: see `plan_batches`.
         self._ready.extend(batch for batch in batches if self._is_left(batch))

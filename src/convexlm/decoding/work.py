@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.backends import get_backend
-from convexlm.decoding.batching import Splitter
+from convexlm.decoding.batching import MAX_SENTENCES, TOKEN_BUDGET, Splitter
 from convexlm.decoding.search import Search
 from convexlm.errors import UserError
 
@@ -104,10 +104,14 @@ class Sizes:
     Attributes:
         lengths: the prompts' lengths in tokens.
         held: tokens whose keys and values the backend holds for each sentence at most, over all its beams.
+        token_budget: how many of these a batch may have, unless the user says.
+        most: how many sentences.
     """
 
     lengths: Sequence[int]
     held: Sequence[int]
+    token_budget: int = TOKEN_BUDGET
+    most: int = MAX_SENTENCES
 
 
 class Worker:
@@ -140,7 +144,8 @@ class Worker:
         sizes = {}
         for number, prompts in self._encoded.items():
             lengths = list(map(len, prompts))
-            sizes[number] = Sizes(lengths, [backend.held(length, load.works[number].search) for length in lengths])
+            held = [backend.held(length, load.works[number].search) for length in lengths]
+            sizes[number] = Sizes(lengths, held, *backend.room())
         return sizes
 
     def decode(self, batch: Batch) -> Iterator[Part]:

@@ -45,7 +45,10 @@ def serve(reader: Iterable[str], writer: IO[str], local_rank: int | None = None)
                     device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
                     load = replace(load, engine=replace(load.engine, device=device))
                 sizes = worker.open(load)
-                tell(opened=message["open"], sizes=[[job, own.lengths, own.held] for job, own in sizes.items()])
+                tell(
+                    opened=message["open"],
+                    sizes=[[job, own.lengths, own.held, own.token_budget, own.most] for job, own in sizes.items()],
+                )
                 continue
             job, positions, number, patient = message["batch"]
             for part in worker.decode(Batch(job, tuple(positions), number, patient)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.decoding.batching import TOKEN_BUDGET
 from convexlm.decoding.progress import progress_lines
 from convexlm.decoding.ranks import Leader, find_world, follow
 from convexlm.decoding.search import Search
@@ -108,10 +107,9 @@ def make_parser(prog: str) -> VerbParser:
     machine.add_argument(
         "--token_budget",
         type=int,
-        default=TOKEN_BUDGET,
         metavar="N",
         help="most tokens of a batch whose keys and values are held: prompts, and the longest answers over all beams "
-        f"(default: {TOKEN_BUDGET})",
+        "(default: what fits the GPU; 32768 on a CPU)",
     )
     machine.add_argument("--device", help="torch device (default: the first GPU, else the CPU)")
     machine.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's; float32 on a CPU)")

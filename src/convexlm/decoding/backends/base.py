@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from convexlm.decoding.batching import MAX_SENTENCES, TOKEN_BUDGET
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ class Backend(ABC):
             search: its beams or samples, and its `max_new_tokens`.
         """
         return (length + search.max_new_tokens) * search.rows
+
+    def room(self) -> tuple[int, int]:
+        """How many held tokens and how many sentences a batch may have, unless the user says; asked once loaded."""
+        return TOKEN_BUDGET, MAX_SENTENCES
 
     def encode(self, prompts: Sequence[str], settings: PromptSettings) -> list[list[int]]:
         """The token ids of each prompt, as in training."""

@@ -87,6 +87,10 @@ class VllmBackend(Backend):
             disable_log_stats=True,
         )
 
+    def room(self) -> tuple[int, int]:
+        """Batches are vLLM's own, and it refills them; a batch of ours is what a crash can lose."""
+        return 1 << 40, 1024
+
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """The greedy answer or the samples of each prompt, with the model's own log-probabilities, before any rule."""
         from vllm import SamplingParams
