@@ -1,6 +1,7 @@
 """Each of two processes computes its half of a batch through a wrapped model; rank 0 writes the averaged gradients.
 
 Started by `torchrun` with: what to wrap with ("ddp" or "fsdp2"), whether the head is its own FSDP unit, output file.
+Beside the gradients the file has how often the head's shards were gathered, in the forward and the backward pass.
 """
 
 from __future__ import annotations
@@ -25,11 +26,26 @@ def batch():
     return ids, labels
 
 
-def gradients(model, ids, labels, scale):
-    call = HeadCall(get_objective("convex", k=0.5), normalizer=float((batch()[1][:, 1:] != -100).sum()))
+def gradients(model, ids, labels, scale, chunk_tokens=None, between=lambda: None):
+    normalizer = float((batch()[1][:, 1:] != -100).sum())
+    call = HeadCall(get_objective("convex", k=0.5), normalizer=normalizer, chunk_tokens=chunk_tokens)
     out = model(input_ids=ids, labels=labels, fused_objective=call)
+    between()
     (out.loss * scale).backward()
     return out
+
+
+def count_gathers(weight_of, gathers):
+    """Add to the last of `gathers` whenever FSDP gathers a group of parameters with that name in it."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    gather = groups.foreach_all_gather
+
+    def counted(parameters, *args, **kwargs):
+        gathers[-1] += any(parameter._param_fqn == weight_of for parameter in parameters)
+        return gather(parameters, *args, **kwargs)
+
+    groups.foreach_all_gather = counted
 
 
 def main():
@@ -52,12 +68,15 @@ def main():
         fully_shard(model, mesh=mesh)
     ids, labels = batch()
     mine = slice(2 * rank, 2 * rank + 2)
+    gathers = [0]
+    if kind == "fsdp2":
+        count_gathers("lm_head.weight", gathers)
     for _ in range(2):  # the second time through finds what the first left behind
         model.zero_grad()
-        gradients(
-            model, ids[mine], labels[mine], scale=2.0
-        )  # both average over ranks, and the losses are parts of a sum
-    found = {}
+        gathers[:] = [0]
+        # Both average over ranks, and the losses are parts of a sum. Seven targets a row: a chunk is a sequence.
+        gradients(model, ids[mine], labels[mine], 2.0, chunk_tokens=7, between=lambda: gathers.append(0))
+    found = {"gathers": torch.tensor(gathers)}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad

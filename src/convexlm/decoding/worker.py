@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import IO, TYPE_CHECKING
 
 from convexlm.decoding.work import Batch, Worker, from_message
@@ -45,10 +45,7 @@ def serve(reader: Iterable[str], writer: IO[str], local_rank: int | None = None)
                     device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
                     load = replace(load, engine=replace(load.engine, device=device))
                 sizes = worker.open(load)
-                tell(
-                    opened=message["open"],
-                    sizes=[[job, own.lengths, own.held, own.token_budget, own.most] for job, own in sizes.items()],
-                )
+                tell(opened=message["open"], sizes=[[job, *astuple(own)] for job, own in sizes.items()])
                 continue
             job, positions, number, patient = message["batch"]
             for part in worker.decode(Batch(job, tuple(positions), number, patient)):
