@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "11m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "20m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "58m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 9, "num_attention_heads": 8},
     "qwen3-53m": {
         "model_type": "qwen3",
         "hidden_size": 512,
@@ -62,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     "small, sgd": {**PLAIN, "model": "20m", "optimizer": "sgd"},
     "tied": {**PLAIN, "model": "11m", "batch": 8, "length": 128},
     "qwen3, grouped heads": {**PLAIN, "model": "qwen3-53m", "length": 384, "batch": 2},
+    "larger": {**PLAIN, "model": "110m"},
+    "larger, checkpointing": {**PLAIN, "model": "110m", "batch": 8, "gradient_checkpointing": True},
+    "larger, lora": {**PLAIN, "model": "110m", "batch": 2, "lora": "all-linear"},
+    "larger, lora, checkpointing": {**PLAIN, "model": "110m", "lora": "all-linear", "gradient_checkpointing": True},
+    "small, lora": {**PLAIN, "model": "20m", "batch": 8, "lora": QV},
 }
 # Any variable MALLOC_* is the user's choice, which stands; this one has glibc's own value.
 ALLOCATORS = {"returning": {}, "glibc": {"MALLOC_TOP_PAD_": "131072"}}

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from convexlm import checkpoints, cli, durable
-from convexlm.checkpoints import COMPLETE_FILE, INVENTORY_FILE, SAVING_FILE, complete_checkpoints
+from convexlm.checkpoints import (
+    COMPLETE_FILE,
+    INVENTORY_FILE,
+    SAVING_FILE,
+    complete_checkpoints,
+    is_half_written_here,
+    remove_checkpoint,
+    why_incomplete,
+)
 from convexlm.metrics_file import read_metrics
 from trainer_helpers import assert_same_weights, make, trained
 from training_helpers import Run, environment, rows, tiny_model, train, words, write_model_files, write_records
@@ -234,6 +242,43 @@ def test_rotation_never_takes_the_last_good_checkpoint(files, undisturbed, tmp_p
     assert train(run, "--resume", **options) == 0
     assert_same_run(run, undisturbed)
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_a_checkpoint_that_is_half_deleted_is_known_as_ours(tmp_path, monkeypatch):
+    """Stopped at each call that deletes: it is none, and the next run may delete the rest."""
+
+    def saved(folder):
+        (folder / "inner").mkdir(parents=True)
+        names = ("a.bin", "config.json", COMPLETE_FILE, INVENTORY_FILE, "model.safetensors", "inner/shard", ".hidden")
+        for name in names:
+            (folder / name).write_text("x")
+
+    stops = 0
+    for number in range(1, 40):
+        folder, left = tmp_path / f"checkpoint-{number}", [number]
+        saved(folder)
+
+        def fatal(function, left=left):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise PowerCutError
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, fatal(getattr(os, name)))
+            try:
+                remove_checkpoint(folder)
+            except PowerCutError:
+                stops += 1
+        if folder.exists():
+            assert why_incomplete(folder) and is_half_written_here(folder), number
+            remove_checkpoint(folder)
+        assert not folder.exists()
+    assert 8 <= stops < 39
 
 
 def test_the_best_checkpoint_stays(files, tmp_path):

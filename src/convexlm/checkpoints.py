@@ -138,10 +138,21 @@ def sync_tree(folder: Path) -> dict[str, int]:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint so that, stopped half-way, it is none: its marker goes first."""
+    """Delete a checkpoint so that, stopped half-way, it is none, and is known as ours to delete.
+
+    Its marker becomes `.saving` first of all, and that goes last: without it what is left would be somebody else's.
+    """
     if (checkpoint / COMPLETE_FILE).exists():
         (checkpoint / COMPLETE_FILE).replace(checkpoint / SAVING_FILE)
-        sync_folder(checkpoint)
+    else:
+        (checkpoint / SAVING_FILE).touch()
+    sync_folder(checkpoint)
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != SAVING_FILE:
+            path.unlink(missing_ok=True)
+    sync_folder(checkpoint)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

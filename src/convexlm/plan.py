@@ -218,9 +218,23 @@ def show_plan(plan: dict[str, Any], console: Console) -> None:
         by = f"the best {selection['metric']} with {selection['search']} search"
         sets = "the validation sets" if selection["on"] == "validation" else "the TEST sets themselves"
         line(f"  compared at the checkpoint with {by} on {sets}")
-    for job in plan["decode"]:
-        size = f"{job['sentences']:>6,} sentences" if job["sentences"] is not None else "to be downloaded"
-        line(f"  {size} -> {job['file']}")
+    for text in _decode_lines(plan["decode"]):
+        line("  " + text)
     compare = ", ".join(f"{key}={value}" for key, value in plan["score"].items() if key != "metrics")
     line(f"score    {', '.join(plan['score']['metrics'])}; compare: {compare}")
     line(f"outputs  {', '.join(plan['outputs'])}")
+
+
+def _decode_lines(jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a checkpoint: how much is decoded with it, its folder, and the files there."""
+    by_folder: dict[Path, list[dict[str, Any]]] = {}
+    for job in jobs:
+        by_folder.setdefault(Path(job["file"]).parent, []).append(job)
+    lines = []
+    for folder, own in by_folder.items():
+        known = [job["sentences"] for job in own if job["sentences"] is not None]
+        size = f"{sum(known):>6,} sentences" if len(known) == len(own) else "to be downloaded"
+        if known and len(known) < len(own):
+            size = f"{sum(known):>6,} sentences and {len(own) - len(known)} sets to be downloaded"
+        lines.append(f"{size} -> {folder}/ {', '.join(Path(job['file']).name for job in own)}")
+    return lines

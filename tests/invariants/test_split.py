@@ -147,6 +147,17 @@ def test_saved_under_fsdp2_and_resumed_on_one(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_saved_under_fsdp2_and_resumed_under_ddp(runs):
+    runs.make_on_two("fsdp2")
+    folder = runs.folder / "fsdp2-to-resume-under-ddp"
+    shutil.copytree(runs.folder / "two-fsdp2-convex-even-first-half", folder)
+    shutil.rmtree(folder / "checkpoint-20")
+    runs.plan_on_two("convex", "even", "resumed", halfway(2), "ddp", folder, ["--resume"])
+    runs.make_on_two("ddp")
+    assert_same_run(Run(folder), runs.get("convex", "even", "whole", halfway(4)), TOLERANCE_OF_ADAM)
+
+
+@pytest.mark.slow
 def test_what_only_fsdp_goes_on_from_and_what_it_cannot(runs, tmp_path, capsys, monkeypatch):
     runs.make_on_two("fsdp2")
     shutil.copytree(runs.folder / "two-fsdp2-convex-even-first-half", tmp_path / "run")
