@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can tell of the head and of whole steps, in one command and under eight minutes on one card of 80 GB:
+# What only a GPU can tell of the head and of whole steps, in one command and about eight minutes on one card of 80 GB
+# (much of it imports: torch, transformers and TRL took a process 14 s on the host of an H200):
 #
 #   DATA=../shared/data OUT=results/gpu bash benchmarks/gpu_head_and_steps.sh
 #
@@ -34,11 +35,12 @@ bench() { # NAME SECONDS OPTIONS...
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$OUT/card.txt"
 part tests 75 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_head_gpu.py
-bench head-7b 75 --level head --dtypes bfloat16 --repeats 7 --shapes "LLaMA-7B, 4096 x 32000"
-bench steps 150 --level step --model 7b --layouts padded --batch 16 --steps 5 \
+bench head-7b 120 --level head --dtypes bfloat16 --repeats 7 --shapes "LLaMA-7B, 4096 x 32000" \
+  --candidates products convexlm-convex convexlm-mle convexlm-convex-recompute trl full-logits liger
+bench head-150k 100 --level head --dtypes bfloat16 --repeats 5 --shapes "4096 x 151936" \
+  --candidates products convexlm-convex convexlm-mle trl liger
+bench steps 150 --level step --model 7b --layouts padded --batch 32 --steps 6 \
   --candidates convexlm-mle convexlm-convex reference
-bench lora 90 --level step --model 7b --lora --layouts padded --batch 16 --steps 5 \
+bench lora 90 --level step --model 7b --lora --layouts padded --batch 32 --steps 6 \
   --candidates convexlm-mle reference
-bench head-150k 60 --level head --dtypes bfloat16 --repeats 5 --shapes "4096 x 151936" \
-  --candidates products convexlm-convex trl liger cut-cross-entropy
 cat "$OUT/parts.txt"
