@@ -275,6 +275,13 @@ def test_what_is_returned_is_a_stationary_distribution(d, data):
     )
 
 
+def test_an_optimum_that_no_total_tells_from_a_corner_is_stationary():
+    best = optimum([0.9789675, 0.0210325], [1.0, 30.0], "convex", k=25.0, length_weighting="sequence")
+    # Slopes d p^(k/T - 1) / T: 0.979 at the first, so log p of the second is 6 log((0.0210325 / 30) / 0.9789675).
+    assert best.log_probabilities[1] == pytest.approx(6 * math.log(0.0210325 / 30 / 0.9789675), rel=1e-9)
+    assert best.kkt_residual < 1e-8
+
+
 # -- a user's own objective
 
 

@@ -177,9 +177,7 @@ def _scan(problem: Problem, ends: Floats, j: int) -> list[Floats]:
         start = ends[j] - math.log(-math.expm1(ends[j]))
     grid = np.concatenate([[start], _LOGITS[start < _LOGITS]])
     values = excess(grid)
-    corner = np.full(len(ends), -np.inf)
-    corner[j] = 0.0
-    found = [corner]
+    found: list[Floats] = []
     for i in np.flatnonzero((values[:-1] > 0) != (values[1:] > 0)):
         falling = values[i] > 0
         low, high = _bracket(excess if falling else shortage, float(grid[i]), float(grid[i + 1]))
@@ -194,7 +192,11 @@ def _scan(problem: Problem, ends: Floats, j: int) -> list[Floats]:
         point = np.empty(len(ends))
         point[j], point[others] = log_p[0], log_rest[0]
         found.append(point)
-    return found
+    # Last, for of equal totals the first is taken: a point so near to the corner that no total tells them apart is
+    # the stationary one.
+    corner = np.full(len(ends), -np.inf)
+    corner[j] = 0.0
+    return [*found, corner]
 
 
 def _bracket(function: Callable[[Floats], Floats], low: float, high: float) -> tuple[float, float]:
