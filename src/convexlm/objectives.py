@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from convexlm.objective_batch import check_inputs, check_number, denominator, number_sequences, spread_sample_weights
 from convexlm.objective_statistics import MINIMUM_STATISTICS, ObjectiveOutput, merge_statistics, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "MINIMUM_STATISTICS",
@@ -285,25 +287,9 @@ class Objective:
         if sequences_per_batch is not None:
             check_number("sequences_per_batch", sequences_per_batch, 1)
 
-        def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-            if labels is None:
-                raise ValueError("the batch has no `labels`; a causal model needs them, -100 where there is no target")
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-            targets = labels[:, 1:].to(logits.device)
-            rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-            # Only target positions are copied and upcast: the prompt's logits are the larger part, and may be NaN.
-            chosen = logits[rows, places]
-            high = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            log_probs = chosen.log_softmax(-1, dtype=high).gather(-1, targets[rows, places, None]).squeeze(-1)
-            normalizer: float | Tensor | None = None
-            if num_items_in_batch is not None:
-                normalizer = torch.as_tensor(num_items_in_batch).reshape(-1)[0]
-                if self.length_weighting == "sequence":
-                    normalizer = _sequence_count(rows, normalizer, sequences_per_batch)
-            everywhere = torch.ones_like(rows, dtype=torch.bool)
-            return self(log_probs, everywhere, sequence_ids=rows, normalizer=normalizer).loss
+        from convexlm.objective_trainer import compute_loss_func
 
-        return compute_loss
+        return compute_loss_func(self, sequences_per_batch)
 
 
 @register_objective("mle")
@@ -397,27 +383,3 @@ def warmed_up(objective: Objective, fraction: float) -> Objective:
 
 def _common_settings(objective: Objective) -> dict[str, Any]:
     return {f.name: getattr(objective, f.name) for f in fields(Objective)}
-
-
-def _sequence_count(rows: Tensor, num_items: Tensor, sequences_per_batch: int | None) -> float | Tensor:
-    """The denominator of sequence weighting inside a plain Trainer, which counts `num_items` tokens.
-
-    In training it is the user's count. In evaluation (no gradients) the batch stands for itself; but the Trainer
-    multiplies its loss by the number of ranks if it counted tokens over all of them, so then sequences are too.
-    """
-    if torch.is_grad_enabled():
-        if sequences_per_batch is None:
-            raise ValueError(
-                "length_weighting='sequence' in a plain Trainer needs as_compute_loss_func(sequences_per_batch=...): "
-                "the number of sequences of one optimizer step over accumulation steps and ranks, for the Trainer "
-                "counts tokens only. ConvexTrainer counts sequences itself."
-            )
-        return float(sequences_per_batch)
-    counts = torch.stack([rows.new_tensor(len(rows)), rows.new_tensor(len(rows.unique()))])
-    own_tokens, own_sequences = counts.tolist()
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return float(own_sequences)
-    distributed.all_reduce(counts)  # by every rank, whatever its own numbers, or one would wait for ever
-    tokens, sequences = counts.tolist()
-    return float(own_sequences) if int(num_items) == own_tokens else sequences * float(num_items) / max(tokens, 1)
