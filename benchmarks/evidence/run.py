@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,17 +166,13 @@ def main() -> None:
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
     arms = with_parents(args.recipe, ())["arms"]
-    if not args.share or args.data_dir:  # nothing to clean
+    share = json.loads((data / "data.json").read_text(encoding="utf-8")).get("share") or 0.0
+    if not share:  # nothing to clean
         arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
     arms = {arm: arms[arm] for arm in args.arms or arms}
     if stages[args.stop_after] >= 2:
-        filtered = data / "train.filter.jsonl"
-        if "filter-mle" in arms and not filtered.exists():
-            options = {"checkpoint": base, "dataset": data / "train.jsonl", "share": args.share, "output": filtered}
-            words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
-            command = [sys.executable, str(HERE / "filter_data.py"), *words]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            (data / "filter.json").write_text(out, encoding="utf-8")
+        for wanted, dropped in filtered_files(arms, share).items():
+            filter_file(data, wanted, dropped, base)
         recipe = tune_recipe(args.recipe, arms, args.rates, variables)
         if args.processes > 1:
             recipe["decode"]["num_processes"] = args.processes
@@ -201,6 +198,29 @@ def main() -> None:
         fresh = collect(folder, name)
         old = [row for row in read_jsonl(args.rows) if row["experiment"] != name] if args.rows.exists() else []
         write_jsonl(args.rows, [*old, *fresh])
+
+
+def filtered_files(arms: dict[str, Any], share: float) -> dict[str, float]:
+    """The files that arms train on and a model has to filter first, with the share of the records to drop.
+
+    Args:
+        arms: of a recipe; `train.filter.jsonl` drops the true share of noise, `train.filter-25.jsonl` 25 %.
+        share: the true one.
+    """
+    names = {Path(arm.get("dataset", "")).name for arm in arms.values()}
+    found = {name: re.fullmatch(r"train\.filter(?:-(\d+))?\.jsonl", name) for name in sorted(names)}
+    return {name: int(match[1]) / 100 if match[1] else share for name, match in found.items() if match}
+
+
+def filter_file(data: Path, name: str, share: float, base: Path) -> None:
+    """Make a filtered file in the data folder, and beside it (.json) what was dropped; one that is there is kept."""
+    if (data / name).exists():
+        return
+    options = {"checkpoint": base, "dataset": data / "train.jsonl", "share": share, "output": data / name}
+    words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    command = [sys.executable, str(HERE / "filter_data.py"), *words]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    (data / f"{name.removeprefix('train.').removesuffix('.jsonl')}.json").write_text(out, encoding="utf-8")
 
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
