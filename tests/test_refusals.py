@@ -15,7 +15,7 @@ from training_helpers import rows, tiny_model, tiny_tokenizer
 
 REFUSED = [
     ({"loss_type": "dft"}, "`objective` chooses the loss"),
-    ({"label_smoothing_factor": 0.1}, "needs the full logits"),
+    ({"label_smoothing_factor": 0.1}, "goes with `objective='mle'`"),
     ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "would ignore the objective"),
     ({"average_tokens_across_devices": False}, "normalised over the global batch"),
     ({"padding_side": "left", "padding_free": True, "max_length": None}, "no meaning without padding"),

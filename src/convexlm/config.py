@@ -117,6 +117,10 @@ class ConvexConfig(SFTConfig):
             raise ValueError(f"`head_chunk_tokens` must be at least 1, not {self.head_chunk_tokens}")
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is `left` or `right`, not `{self.padding_side}`")
+        if not 0.0 <= self.label_smoothing_factor < 1.0:
+            raise ValueError(
+                f"`label_smoothing_factor` is a number from 0 to below 1, not {self.label_smoothing_factor}"
+            )
         if not 0.0 <= self.min_effective_sample_size < 1.0:
             raise ValueError(
                 f"`min_effective_sample_size` is a share from 0 (off) to below 1, not {self.min_effective_sample_size}"

@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import ModelOutput
 
 from convexlm.head import FusedOutput, fused_objective
+from convexlm.label_smoothing import refuse_label_smoothing, smoothing_term
 from convexlm.objectives import IGNORE_INDEX, Objective
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class HeadCall:
         recompute: take the recomputing path.
         chunk_tokens: as `fused_objective` takes it.
         need_entropy: also sum entropies.
+        label_smoothing: as transformers' `label_smoothing_factor`, of maximum likelihood. It is in the loss and in no
+            statistic.
     """
 
     objective: Objective
@@ -74,6 +77,7 @@ class HeadCall:
     recompute: bool = False
     chunk_tokens: int | None = None
     need_entropy: bool = True
+    label_smoothing: float = 0.0
 
     def __call__(
         self,
@@ -103,21 +107,34 @@ class HeadCall:
         ids = rows if ids is None else ids.long().unique(return_inverse=True)[1] + rows * (len(rows) + 1)
         # The state before a target predicts it. index_select's gradient is a plain index_add, with no sorting.
         states = hidden.flatten(0, 1).index_select(0, rows * labels.shape[1] + columns - 1)
-        return fused_objective(
+        targets_only, weights = labels[rows, columns], pick(self.sample_weights)
+        out = fused_objective(
             states,
             weight,
-            labels[rows, columns],
+            targets_only,
             ids,
             self.objective,
             self.normalizer,
             bias=bias,
-            sample_weights=pick(self.sample_weights),
+            sample_weights=weights,
             logit_scale=scale,
             logit_softcap=softcap,
             chunk_tokens=self.chunk_tokens,
             need_entropy=self.need_entropy,
             recompute=self.recompute,
         )
+        if not self.label_smoothing:
+            return out
+        if reason := refuse_label_smoothing(self.objective, softcap):
+            raise ValueError(reason)
+        by = out.normalizer if self.normalizer is None else torch.as_tensor(self.normalizer, device=states.device)
+        term = smoothing_term(
+            *(states, weight, targets_only, self.label_smoothing, by),
+            bias=bias,
+            sample_weights=weights,
+            scale=scale,
+        )
+        return replace(out, loss=out.loss + term.to(out.loss))
 
 
 def add_fused_objective(model: Any) -> None:

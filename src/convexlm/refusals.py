@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convexlm.collator import ConvexCollator
+from convexlm.label_smoothing import refuse_label_smoothing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,18 +27,18 @@ def refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, giv
     Raises:
         ValueError: there is one; the message is one line with the reason and what to do instead.
     """
-    for reason in (*_other_losses(args, given), *_layouts(args, objective, given), *_data(args, given)):
+    for reason in (*_other_losses(args, objective, given), *_layouts(args, objective, given), *_data(args, given)):
         raise ValueError(reason)
 
 
-def _other_losses(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
+def _other_losses(args: ConvexConfig, objective: Objective, given: Mapping[str, Any]) -> list[str]:
     reasons = []
     if given.get("compute_loss_func") is not None:
         reasons.append("`compute_loss_func` would replace the objective; register an objective of your own instead")
     if args.loss_type != "nll":
         reasons.append(f"`loss_type={args.loss_type!r}` is TRL's; here `objective` chooses the loss (it has `dft`)")
-    if args.label_smoothing_factor:
-        reasons.append("`label_smoothing_factor` is not supported: it needs the full logits; consider `mle_mix`")
+    if args.label_smoothing_factor and (reason := refuse_label_smoothing(objective)):
+        reasons.append(reason)
     if (args.liger_kernel_config or {}).get("fused_linear_cross_entropy"):
         reasons.append("Liger's fused linear cross-entropy computes a loss of its own and would ignore the objective")
     if not args.average_tokens_across_devices:

@@ -23,7 +23,8 @@ from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
-from convexlm.fused_forward import HeadCall, add_fused_objective
+from convexlm.fused_forward import HeadCall, add_fused_objective, logit_transform
+from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
 from convexlm.refusals import refuse_what_cannot_be_honoured
@@ -85,7 +86,11 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_side=args.padding_side,
             )
-        add_fused_objective(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        softcap = logit_transform(base.config.get_text_config())[1]
+        if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
+            raise ValueError(reason)
+        add_fused_objective(base)
         # Both print to stdout, which belongs to results.
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm and any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -290,6 +295,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
             token_weights,
             recompute=self.args.head == "recompute",
             chunk_tokens=self.args.head_chunk_tokens,
+            label_smoothing=self.args.label_smoothing_factor if mode == "train" else 0.0,
         )
 
     def _objective_now(self) -> Objective:
