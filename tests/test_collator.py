@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from convexlm.collator import ROW, WEIGHT, ConvexCollator, check_weight
+from convexlm.collator import ROW, WEIGHT, ConvexCollator, check_weight, keeps_packed_rows
+from test_fused_forward import family
 
 EXAMPLES = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "weight": 2.0},
@@ -34,7 +36,7 @@ def test_weights_follow_their_tokens():
     assert batch[WEIGHT].tolist() == [[2, 2, 2], [1, 0, 0], [0, 0, 0]]
     batch = ConvexCollator(0, padding_free=True, pad_to_multiple_of=4)(EXAMPLES)
     assert batch[WEIGHT].tolist() == [[2, 2, 2, 1, 0, 0, 0, 0]]
-    assert batch[ROW].tolist() == [[0, 0, 0, 1, 2, 2, 0, 0]]
+    assert batch[ROW].tolist() == [[0, 0, 0, 1, 2, 2, -1, -1]]
     assert batch["labels"][0, 6:].tolist() == [-100, -100]
 
 
@@ -47,6 +49,59 @@ def test_a_packed_row_carries_a_weight_for_every_token():
     assert batch[WEIGHT].tolist() == [[2, 2, 0.5, 3]]
     assert batch["seq_idx"].tolist() == [[0, 0, 1, 2]]
     assert batch[ROW].tolist() == [[0, 0, 0, 1]]
+
+
+PACKED = [
+    {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [2, 1], "weight": [2.0, 2.0, 0.5], "record_id": [3, 1]},
+    {"input_ids": [8, 9, 10, 11, 12], "labels": [8, 9, 10, 11, 12], "seq_lengths": [2, 3], "weight": [3.0] * 5,
+     "record_id": [0, 2]},
+]  # fmt: skip
+
+
+def test_packed_rows_stay_apart_with_their_sequences_numbered():
+    batch = ConvexCollator(0, packed_rows=True)(PACKED)
+    assert "attention_mask" not in batch  # with one, transformers would not look at the positions
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, -100, -100], [-100, 9, -100, 11, 12]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 1, 0, 1, 2]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 1, 2, 3], [0, 0, 1, 1, 1]]
+    assert batch[ROW].tolist() == [[0, 0, 0, -1, -1], [1, 1, 1, 1, 1]]
+    assert batch[WEIGHT].tolist() == [[2, 2, 0.5, 0, 0], [3, 3, 3, 3, 3]]
+    assert batch["record_id"] == [[3, 1], [0, 2]]
+    wider = ConvexCollator(0, packed_rows=True, pad_to_multiple_of=8)(PACKED)
+    assert wider["labels"].shape == (2, 8) and (wider["labels"][:, 5:] == -100).all()
+    for settings in ({"padding_free": True}, {"padding_side": "left"}):
+        with pytest.raises(ValueError, match="goes with neither"):
+            ConvexCollator(0, packed_rows=True, **settings)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "gpt_neox", "mixtral"])
+def test_rows_kept_apart_give_every_token_the_logits_it_has_alone(name, attention):
+    model = family(name)
+    model.set_attn_implementation(attention)
+    assert keeps_packed_rows(model.config)
+    batch = ConvexCollator(0, packed_rows=True)(PACKED)
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "seq_idx")}
+    with torch.no_grad():
+        got = model(**inputs, use_cache=False).logits  # with a cache, transformers takes no mask from positions
+        for row, example in enumerate(PACKED):
+            start = 0
+            for length in example["seq_lengths"]:
+                alone = model(torch.tensor([example["input_ids"][start : start + length]])).logits[0]
+                torch.testing.assert_close(got[row, start : start + length], alone, rtol=1e-4, atol=1e-5)
+                start += length
+
+
+def test_which_models_keep_packed_rows():
+    for name in ("llama", "gemma2", "gpt2", "qwen3_moe"):
+        assert keeps_packed_rows(family(name).config), name
+    llama = AutoConfig.for_model("llama")
+    assert keeps_packed_rows(llama, "eager")
+    for kernel in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "flex_attention"):
+        assert not keeps_packed_rows(llama, kernel), kernel
+    for name in ("mamba", "jamba", "qwen3_next"):
+        assert not keeps_packed_rows(AutoConfig.for_model(name)), name
 
 
 def test_left_padding_moves_everything_and_keeps_positions():

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from convexlm.objectives import IGNORE_INDEX
+
 WEIGHT, ROW, RECORD = "token_weight", "row_index", "record_id"
+# Of transformers' names of layers, those that see other tokens through a mask alone.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass
@@ -19,33 +24,67 @@ class ConvexCollator(DataCollatorForLanguageModeling):
     Adds to TRL's batch, the first two shaped like `input_ids`:
 
     - `token_weight` (float32): the `weight` of the record that the token belongs to. Only if a record has one.
-    - `row_index` (int64): which example of the batch a token came from. Only for padding-free batches, whose
-      examples are flattened into one row.
+    - `row_index` (int64): which example of the batch a token came from, -1 for padding. Only for padding-free batches,
+      whose examples are flattened into one row, and for packed rows.
     - `record_id`: the examples' own `record_id`, a list. Only if they have one. It is for reports, no tensor and no
       input of a model.
 
     With `padding_side="left"` rows are padded on the left and `position_ids` are given, so that a token has the
     same position as without padding.
+
+    With `packed_rows=True`, examples that hold several sequences each (`seq_lengths`) stay rows of the batch, padded
+    to the longest, in place of TRL's one row of all. `position_ids` and `seq_idx` say where sequences begin, and there
+    is no `attention_mask`, so that transformers makes a mask between sequences for each row: attention then costs
+    (rows x length^2), not (rows x length)^2.
     """
 
     padding_side: str = "right"
+    packed_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packed_rows and (self.padding_free or self.padding_side != "right"):
+            raise ValueError("`packed_rows` goes with neither `padding_free` nor padding on the left")
+        self.return_position_ids = self.return_position_ids or self.packed_rows
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths`, `weight` and `record_id`)."""
         batch = super().torch_call(examples)
+        if self.packed_rows:
+            del batch["attention_mask"]
+            begins = batch["position_ids"] == 0
+            batch["labels"][begins] = IGNORE_INDEX  # no sequence's first token is a target, and no padding
+            batch["seq_idx"] = begins.cumsum(1, dtype=torch.int32) - 1
         shape = batch["input_ids"].shape
         lengths = [len(example["input_ids"]) for example in examples]
         if any(example.get("weight") is not None for example in examples):
             weights = [_token_weights(example, length) for example, length in zip(examples, lengths, strict=True)]
             batch[WEIGHT] = _lay_out(weights, shape, self.padding_free)
-        if self.padding_free:
+        if self.padding_free or self.packed_rows:
             rows = [torch.full((length,), row, dtype=torch.int64) for row, length in enumerate(lengths)]
-            batch[ROW] = _lay_out(rows, shape, flat=True)
+            batch[ROW] = _lay_out(rows, shape, self.padding_free, filling=-1)
         elif self.padding_side == "left":
             _shift_to_the_right(batch, lengths)
         if all(example.get(RECORD) is not None for example in examples):
             batch[RECORD] = [example[RECORD] for example in examples]
         return batch
+
+
+def keeps_packed_rows(config: Any, attention: str | None = None) -> bool:
+    """Whether packed rows are better kept apart than flattened into one: whether attention makes a mask between them.
+
+    Flash and flex attention skip what is masked and take one row; layers with a state (Mamba, linear attention) know
+    where a sequence begins in TRL's flattened form alone, and of a model that is not transformers' own nobody knows.
+
+    Args:
+        config: the model's.
+        attention: its `attn_implementation`; the config's if None, and transformers' default (sdpa) if it has none.
+    """
+    text = config.get_text_config()
+    chosen = attention or getattr(text, "_attn_implementation", None) or "sdpa"
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    stateful = known and getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False)
+    plain = set(getattr(text, "layer_types", None) or ()) <= ATTENTION_LAYERS
+    return chosen in ("sdpa", "eager") and known and plain and not stateful
 
 
 def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
@@ -67,9 +106,9 @@ def check_weight(weight: float) -> None:
         raise ValueError(f"a record's `weight` must be a finite number of at least 0, not {weight}")
 
 
-def _lay_out(values: list[torch.Tensor], shape: torch.Size, flat: bool) -> torch.Tensor:
-    """Values of each example's tokens in the layout of `input_ids`, 0 where that is padded."""
-    out = torch.zeros(shape, dtype=values[0].dtype)
+def _lay_out(values: list[torch.Tensor], shape: torch.Size, flat: bool, filling: int = 0) -> torch.Tensor:
+    """Values of each example's tokens in the layout of `input_ids`, `filling` where that is padded."""
+    out = torch.full(shape, filling, dtype=values[0].dtype)
     if flat:
         values = [torch.cat(values)]
     for row, value in enumerate(values):

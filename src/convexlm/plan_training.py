@@ -197,6 +197,7 @@ def _memory(
     """The estimate, or None and the reason."""
     import torch
 
+    from convexlm.collator import keeps_packed_rows
     from convexlm.known_models import find_config
     from convexlm.memory import estimate_memory
     from convexlm.memory_count import count_parameters
@@ -223,9 +224,11 @@ def _memory(
         mixed = "bf16" if assumed or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     attention = model_options.attn_implementation
     length, rows = _longest(config, tokens, data), config.per_device_train_batch_size
-    flat = config.padding_free or (config.packing and config.packing_strategy in ("bfd", "bfd_split"))
+    packs = config.packing and config.packing_strategy in ("bfd", "bfd_split")
     padded = rows > 1
-    if flat:
+    if packs and not config.padding_free and keeps_packed_rows(model_config, attention):
+        padded = True  # a mask between the sequences of each row
+    elif config.padding_free or packs:
         # All rows stand in one, and attention that is not flash attention needs a mask between them.
         rows, length, padded = 1, rows * length, "flash" not in str(attention)
     try:

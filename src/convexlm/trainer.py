@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 from trl import SFTTrainer, pack_dataset
 
 from convexlm.accelerate_environment import leave_the_environment
-from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight, keeps_packed_rows
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
@@ -79,14 +79,16 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
                 "context, sequence and tensor parallelism are not supported: they split a sequence over devices, and "
                 "its mean log-probability is not reduced over them; use FSDP, DeepSpeed ZeRO or DDP"
             )
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if kwargs.get("data_collator") is None:
+            in_rows = self.padding_free and not args.padding_free and keeps_packed_rows(base.config)
             self.data_collator = ConvexCollator(
                 pad_token_id=self._tokenizer.pad_token_id,
-                padding_free=self.padding_free,
+                padding_free=self.padding_free and not in_rows,
+                packed_rows=in_rows,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_side=args.padding_side,
             )
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         softcap = logit_transform(base.config.get_text_config())[1]
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
@@ -210,14 +212,13 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
 
     def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The batch with records masked that fill up the last batch of several processes, and its number of tokens."""
-        labels, attention = batch["labels"], batch.get("attention_mask")
-        seen = torch.ones_like(labels) if attention is None else attention
+        labels, attention, rows = batch["labels"], batch.get("attention_mask"), batch.get(ROW)
+        seen = attention if attention is not None else torch.ones_like(labels) if rows is None else (rows >= 0).long()
         state = self.accelerator.gradient_state
         # The sampler of `batch_rebalance` deals records to the processes itself and repeats none.
         deals = self.model.training and self.args.train_sampling_strategy == "batch_rebalance"
         real = self._real_in_last_batch() if self.accelerator.num_processes > 1 and state.end_of_dataloader else 0
         if real > 0 and not deals:
-            rows = batch.get(ROW)
             if rows is None:
                 rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
             # Positions in the last batch of all processes together.
