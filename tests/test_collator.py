@@ -52,7 +52,8 @@ def test_a_packed_row_carries_a_weight_for_every_token():
 
 
 PACKED = [
-    {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [2, 1], "weight": [2.0, 2.0, 0.5], "record_id": [3, 1]},
+    {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [2, 1], "weight": [2.0, 2.0, 0.5],
+     "record_id": [3, 1]},
     {"input_ids": [8, 9, 10, 11, 12], "labels": [8, 9, 10, 11, 12], "seq_lengths": [2, 3], "weight": [3.0] * 5,
      "record_id": [0, 2]},
 ]  # fmt: skip

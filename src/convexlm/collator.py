@@ -38,6 +38,7 @@ class ConvexCollator(DataCollatorForLanguageModeling):
     (rows x length^2), not (rows x length)^2.
     """
 
+    return_position_ids: bool = False
     padding_side: str = "right"
     packed_rows: bool = False
 

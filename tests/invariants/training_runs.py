@@ -57,10 +57,15 @@ WHOLE_DATA = {  # packing regroups the records, so here a step sees all of them
     "24": split(24),
     "bfd": split(24, packing=True, packing_strategy="bfd"),
     "bfd_1x32": split(1, 32, packing=True, packing_strategy="bfd"),
+    "bfd_in_one_row": split(24, packing=True, packing_strategy="bfd", padding_free=True),
     "bfd_checkpointing": split(2, 16, packing=True, packing_strategy="bfd", gradient_checkpointing=True),
 }
 ON_TWO = {"2x2x2": split(2, 2), "2x4_padding_free": split(4, padding_free=True)}
-WHOLE_ON_TWO = {"2x24": split(24), "2x1x32_bfd": split(1, 32, packing=True, packing_strategy="bfd")}
+WHOLE_ON_TWO = {
+    "2x24": split(24),
+    "2x1x32_bfd": split(1, 32, packing=True, packing_strategy="bfd"),
+    "2x3x12_bfd": split(3, 12, packing=True, packing_strategy="bfd"),
+}
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 6}
 
 
