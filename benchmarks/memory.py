@@ -69,8 +69,8 @@ CASES: dict[str, dict[str, Any]] = {
     "larger, lora, checkpointing": {**PLAIN, "model": "110m", "lora": "all-linear", "gradient_checkpointing": True},
     "small, lora": {**PLAIN, "model": "20m", "batch": 8, "lora": QV},
 }
-# Any variable MALLOC_* is the user's choice, which stands; this one has glibc's own value.
-ALLOCATORS = {"returning": {}, "glibc": {"MALLOC_TOP_PAD_": "131072"}}
+# No variable MALLOC_* may be set for `glibc`: most of them stop its threshold from moving, whatever their value.
+ALLOCATORS = ("returning", "glibc")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     """Run what was asked for; write the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", help="words; a case runs if its name holds one of them")
-    parser.add_argument("--allocators", nargs="+", choices=list(ALLOCATORS), default=list(ALLOCATORS))
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
     parser.add_argument("--repeats", type=int, default=2, help="turns over all cases")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="only write the table anew from the JSON")
@@ -117,7 +117,7 @@ def rows_of(cases: dict[str, dict[str, Any]], repeats: int, allocators: list[str
     for turn in range(repeats):
         for name, case in cases.items():
             for allocator in allocators:
-                seen[name][allocator].append(child(case, ALLOCATORS[allocator]))
+                seen[name][allocator].append(child(case, allocator))
                 print(f"{turn + 1}/{repeats} {name}, {allocator}", file=sys.stderr)
     rows = []
     for name, case in cases.items():
@@ -139,11 +139,11 @@ def rows_of(cases: dict[str, dict[str, Any]], repeats: int, allocators: list[str
     return rows
 
 
-def child(case: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+def child(case: dict[str, Any], allocator: str) -> dict[str, Any]:
     """One run in a process of its own: `base` and `peak` in bytes, and the estimate."""
-    command = [sys.executable, __file__, "--child", json.dumps(case)]
+    command = [sys.executable, __file__, "--child", json.dumps({**case, "allocator": allocator})]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run(command, capture_output=True, text=True, env={**plain, **environment}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
     if done.returncode:
         raise SystemExit(f"{case}: {done.stderr.strip()[-2000:]}")
     return dict(json.loads(done.stdout))
@@ -185,7 +185,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from convexlm.allocator import return_freed_memory
     from convexlm.head import workspace
 
-    return_freed_memory()  # as `convexlm train --return_freed_memory true` does
+    if case.pop("allocator") == "returning" and not return_freed_memory():
+        raise SystemExit("this process's allocator cannot be set: `returning` needs glibc")
     tiny = {**case, "batch": 2, "length": 32, "model": "tiny"}
     SHAPES["tiny"] = {**SHAPES[case["model"]], "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
     SHAPES["tiny"]["vocab_size"] = 64
@@ -293,29 +294,32 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Growth is the peak of the resident set in training, less the resident set before there was a model. "
         "`returning` is glibc as `--return_freed_memory true` sets it on a CPU (blocks of 1 MiB and more go back to "
-        "the system when freed; `convexlm.allocator`), `glibc` is glibc as it comes, which keeps some of what was "
-        "freed. Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework included. "
-        "On a CPU the head decides by timing, once a process, whether half-precision products pay; the estimate is "
+        "the system when freed; `convexlm.allocator`), `glibc` is glibc as it comes, the default, which keeps some of "
+        "what was freed. Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework "
+        "included. On a CPU the head decides by timing, once a process, whether half-precision products pay; the "
+        "estimate is "
         "made in that process, "
         "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
-        "about 200 MB here. GPU, FSDP2 and DeepSpeed: not measured.",
+        "about 200 MB here. FSDP2 and DeepSpeed: not measured.",
         "",
+        *gpu_lines(result.get("gpu")),
         "| case | parameters | trained | estimate MB | returning MB | error | whole process | glibc MB | error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        estimate, tight, loose = row["estimate"], row["returning"], row["glibc"]
+        estimate, tight, loose = row["estimate"], row["returning"], row.get("glibc")
+        kept = f"{loose['growth'] / 1e6:.0f} | {loose['growth_error']:+.1%}" if loose else "not measured |"
         lines.append(
             f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
             f"| {estimate['peak'] / 1e6:.0f} | {tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} "
             f"| {tight['growth_error']:+.1%} | {tight['peak_error']:+.1%} "
-            f"| {loose['growth'] / 1e6:.0f} | {loose['growth_error']:+.1%} |"
+            f"| {kept} |"
         )
     if "earlier" in facts:
         lines += ["", f"\\* {facts['earlier']}"]
     lines.append("")
     for name, key in (("returning", "growth_error"), ("returning", "peak_error"), ("glibc", "growth_error")):
-        errors = [abs(row[name][key]) for row in result["rows"]]
+        errors = [abs(row[name][key]) for row in result["rows"] if name in row]
         what = "the growth" if key == "growth_error" else "the whole process"
         inside = sum(error <= 0.15 for error in errors)
         lines.append(
@@ -323,6 +327,19 @@ def table(result: dict[str, Any]) -> str:
             f"median {statistics.median(errors):.1%}."
         )
     return "\n".join(lines) + "\n"
+
+
+def gpu_lines(gpu: dict[str, Any] | None) -> list[str]:
+    """What benchmarks/large_models.py measured on a GPU, copied into the JSON by hand (`gpu`): how, and rows."""
+    if gpu is None:
+        return ["GPU: not measured.", ""]
+    lines = [gpu["how"], "", "| training | estimate GB | allocated GB | error | reserved by the allocator GB |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for row in gpu["rows"]:
+        error = row["estimate"] / row["allocated"] - 1
+        gigabytes = " | ".join(f"{row[name]:.2f}" for name in ("estimate", "allocated"))
+        lines.append(f"| {row['training']} | {gigabytes} | {error:+.1%} | {row['reserved']:.2f} |")
+    return [*lines, "", "On the CPU:", ""]
 
 
 if __name__ == "__main__":

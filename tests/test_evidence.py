@@ -64,6 +64,27 @@ def test_what_each_kind_makes() -> None:
         assert sorted(mixed.split(" ")) == sorted(target.split(" "))
 
 
+def test_off_topic_takes_sentences_of_another_text() -> None:
+    other = ["Die Börse schloss im Plus.", "Es regnet.", " ".join(["lang"] * 26), "", "Es regnet."]
+    spoilt = noise.spoil(PAIRS, "off_topic", 0.05, seed=1, other=other)
+    drawn = Counter(target for _, target, clean in spoilt if not clean)
+    assert drawn == {"Die Börse schloss im Plus.": 5, "Es regnet.": 5}  # evenly, and none that is too long
+    assert noise.spoil(PAIRS, "off_topic", 0.05, seed=1, other=other) == spoilt
+    with pytest.raises(ValueError, match="needs sentences of another text"):
+        noise.spoil(PAIRS, "off_topic", 0.05, seed=1)
+
+
+def test_filtered_files_and_how_much_they_drop() -> None:
+    arms = {
+        "mle": {"objective": "mle"},
+        "oracle-mle": {"dataset": "${data_dir}/train.clean.jsonl"},
+        "filter-mle": {"dataset": "${data_dir}/train.filter.jsonl"},
+        "filter-65-mle": {"dataset": "${data_dir}/train.filter-65.jsonl"},
+        "filter-65-convex": {"dataset": "${data_dir}/train.filter-65.jsonl"},
+    }
+    assert run_module.filtered_files(arms, 0.3) == {"train.filter.jsonl": 0.3, "train.filter-65.jsonl": 0.65}
+
+
 def test_noise_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="unknown noise"):
         noise.spoil(PAIRS, "typos", 0.1, seed=1)

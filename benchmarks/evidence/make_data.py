@@ -22,10 +22,14 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from noise import KINDS, spoil  # noqa: E402
+from noise import KINDS, OFF_TOPIC, spoil  # noqa: E402
 
 SETS = ("val", "test_2016_flickr", "test_2017_flickr", "test_2017_mscoco")
 LANGUAGES = ("en", "de")
@@ -37,7 +41,16 @@ def read(folder: Path, name: str, language: str) -> list[str]:
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
-def make(multi30k: Path, output: Path, pair: str, noise: str, share: float, seed: int, vocab_size: int) -> dict:
+def make(
+    multi30k: Path,
+    output: Path,
+    pair: str,
+    noise: str,
+    share: float,
+    seed: int,
+    vocab_size: int,
+    other_text: Sequence[Path] = (),
+) -> dict:
     """Write everything; returns what `data.json` holds."""
     from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
     from convexlm.tinyworld.tokenizer import train_tokenizer
@@ -45,9 +58,10 @@ def make(multi30k: Path, output: Path, pair: str, noise: str, share: float, seed
     source, target = pair.split("-")
     clean = list(zip(read(multi30k, "train", source), read(multi30k, "train", target), strict=True))
     instruction = fill_instruction(TRANSLATION_INSTRUCTION, pair)
+    other = [line for file in other_text for line in file.read_text(encoding="utf-8").split("\n")]
     rows = [
         {"instruction": instruction, "input": src, "output": tgt, "clean": is_clean}
-        for src, tgt, is_clean in spoil(clean, noise, share, seed)
+        for src, tgt, is_clean in spoil(clean, noise, share, seed, other)
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_rows(output / "train.jsonl", rows)
@@ -87,12 +101,20 @@ def main() -> None:
     parser.add_argument("--multi30k", type=Path, required=True, help="folder with train.en.gz, train.de.gz, ...")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pair", default="en-de", choices=["en-de", "de-en"])
-    parser.add_argument("--noise", default="exchanged", choices=list(KINDS))
+    parser.add_argument("--noise", default="exchanged", choices=[*KINDS, OFF_TOPIC])
     parser.add_argument("--share", type=float, default=0.3, help="of the training pairs to spoil, 0 to 1")
+    parser.add_argument(
+        "--other_text",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="for `off_topic`: sentences in the target language",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vocab_size", type=int, default=6000)
     args = parser.parse_args()
-    about = make(args.multi30k, args.output_dir, args.pair, args.noise, args.share, args.seed, args.vocab_size)
+    settings = (args.pair, args.noise, args.share, args.seed, args.vocab_size, args.other_text)
+    about = make(args.multi30k, args.output_dir, *settings)
     print(json.dumps(about))
 
 

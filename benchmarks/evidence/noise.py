@@ -2,8 +2,9 @@
 
 `exchanged`: the chosen pairs pass their targets around among themselves, so that every target is a good sentence of
 the target language under a wrong source. `wrong_language`: the target is the *source-language* sentence of another
-chosen pair. `copied`: the target is its own source. `truncated`: the target breaks off after a quarter to three
-quarters of its words. `shuffled`: the target's words stand in another order.
+chosen pair. `off_topic`: the target is a sentence of another text in its language. `copied`: the target is its own
+source. `truncated`: the target breaks off after a quarter to three quarters of its words. `shuffled`: the target's
+words stand in another order.
 """
 
 from __future__ import annotations
@@ -53,31 +54,57 @@ def shuffled(pairs: Sequence[Pair], random: Random) -> list[str]:
 
 
 KINDS: dict[str, Spoil] = {kind.__name__: kind for kind in (exchanged, wrong_language, copied, truncated, shuffled)}
+OFF_TOPIC, MOST_WORDS = "off_topic", 25
 
 
-def spoil(pairs: Sequence[Pair], kind: str, share: float, seed: int) -> list[tuple[str, str, bool]]:
+def off_topic(other: Sequence[str], count: int, random: Random) -> list[str]:
+    """Sentences of another text of at most 25 words, as captions have: each once before any comes again.
+
+    Args:
+        other: its sentences.
+        count: how many to draw.
+        random: draws them.
+
+    Raises:
+        ValueError: there is none of that length.
+    """
+    fitting = sorted({line.strip() for line in other if 0 < len(line.split()) <= MOST_WORDS})
+    if not fitting:
+        raise ValueError(f"`{OFF_TOPIC}` needs sentences of another text, of at most {MOST_WORDS} words")
+    out: list[str] = []
+    while len(out) < count:
+        out += random.sample(fitting, len(fitting))
+    return out[:count]
+
+
+def spoil(
+    pairs: Sequence[Pair], kind: str, share: float, seed: int, other: Sequence[str] = ()
+) -> list[tuple[str, str, bool]]:
     """Spoil a share of the pairs, drawn by `seed`.
 
     Args:
         pairs: (source, target).
-        kind: a name in `KINDS`.
+        kind: a name in `KINDS`, or `off_topic`.
         share: of the pairs to draw, from 0 to 1; the number is rounded.
         seed: of the draw and of the noise itself.
+        other: sentences in the targets' language on something else, for `off_topic`.
 
     Returns:
         (source, target, clean) in the given order. A drawn pair whose target came out as it was counts as clean, so a
         few less than the share may be spoilt.
 
     Raises:
-        ValueError: an unknown kind, or a share outside 0 to 1.
+        ValueError: an unknown kind, a share outside 0 to 1, or no other text.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown noise `{kind}`; known: {', '.join(KINDS)}")
+    if kind not in (*KINDS, OFF_TOPIC):
+        raise ValueError(f"unknown noise `{kind}`; known: {', '.join((*KINDS, OFF_TOPIC))}")
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"the share of noise is from 0 to 1, not {share}")
     random = Random(f"{kind} {share} {seed}")
     chosen = sorted(random.sample(range(len(pairs)), round(share * len(pairs))))
-    targets = dict(zip(chosen, KINDS[kind]([pairs[place] for place in chosen], random), strict=True))
+    drawn = [pairs[place] for place in chosen]
+    made = off_topic(other, len(drawn), random) if kind == OFF_TOPIC else KINDS[kind](drawn, random)
+    targets = dict(zip(chosen, made, strict=True))
     return [
         (source, targets.get(place, target), targets.get(place, target) == target)
         for place, (source, target) in enumerate(pairs)

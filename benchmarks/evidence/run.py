@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from adopt import adopt  # noqa: E402
 from make_data import make  # noqa: E402
-from noise import KINDS  # noqa: E402
+from noise import KINDS, OFF_TOPIC  # noqa: E402
 from rows import collect, read_jsonl, write_jsonl  # noqa: E402
 from side_by_side import train_side_by_side  # noqa: E402
 
@@ -126,8 +126,9 @@ def main() -> None:
     data_group.add_argument("--data_dir", type=Path, help="data that are made already, as make_ambiguity.py does")
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--pair", default="en-de", choices=["en-de", "de-en"])
-    parser.add_argument("--noise", default="exchanged", choices=list(KINDS))
+    parser.add_argument("--noise", default="exchanged", choices=[*KINDS, OFF_TOPIC])
     parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--other_text", type=Path, nargs="+", default=[], help="for `off_topic`, as of make_data.py")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the final runs; tuning has 1")
     parser.add_argument("--base_checkpoint", type=Path, help="start from this one, without the stage `base`")
@@ -155,7 +156,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data.symlink_to(args.data_dir.resolve())
     if not (data / "data.json").exists():
-        make(args.multi30k, data, args.pair, args.noise, args.share, 1, args.vocab_size)
+        make(args.multi30k, data, args.pair, args.noise, args.share, 1, args.vocab_size, args.other_text)
     stages = {"data": 0, "base": 1, "tune": 2, "final": 3}
     variables = {"data_dir": str(data), "pair": args.pair}
     base = args.base_checkpoint and args.base_checkpoint.resolve()

@@ -1,7 +1,7 @@
 """The C library's allocator while training on a CPU: if asked for, freed tensors go back to the system.
 
 glibc learns not to: each freed block of up to 32 MiB raises the size below which blocks come from its heap and stay
-there. What then lies between blocks that live on cannot be used for larger ones, so the process holds 10 to 70 % more
+there. What then lies between blocks that live on cannot be used for larger ones, so the process holds 10 to 80 % more
 than its tensors need (results/memory.md), and no estimate could say how much. With a fixed size of 1 MiB it does not;
 but every such block is then mapped and faulted in anew, which costs time (docs/training.md), so it is not the default.
 """

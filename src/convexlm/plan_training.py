@@ -347,7 +347,7 @@ def _memory_lines(memory: Mapping[str, Any] | None, why: str | None, *, returned
     ]
     if memory["device"] == "cpu" and not returned:
         lines.append(
-            "         where glibc keeps what is freed, 10 to 70 % more; --return_freed_memory true ends that, but is "
+            "         where glibc keeps what is freed, 10 to 80 % more; --return_freed_memory true ends that, but is "
             "slower"
         )
     if memory["host"]:
