@@ -36,7 +36,8 @@ def test_same_trajectory_as_trl(tmp_path, objective, loss_type, packing):
     torch.testing.assert_close(logged(ours, "num_tokens"), logged(theirs, "num_tokens"))
 
 
-def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])  # packed rows are padded here, and flattened in TRL
+def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path, packing):
     def mixture():
         torch.manual_seed(0)
         return MixtralForCausalLM(
@@ -53,7 +54,7 @@ def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path):
             )
         )
 
-    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4}
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4, "packing": packing}
     ours = trained(tmp_path / "ours", rows(14), model=mixture(), objective="mle", **settings)
     theirs = make(tmp_path / "trl", rows(14), model=mixture(), cls=SFTTrainer, config=SFTConfig, **settings)
     theirs.train()

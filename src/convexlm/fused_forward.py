@@ -68,6 +68,7 @@ class HeadCall:
         need_entropy: also sum entropies.
         label_smoothing: as transformers' `label_smoothing_factor`, of maximum likelihood. It is in the loss and in no
             statistic.
+        attended: bool, True on tokens that are no padding, for the experts' loss of a batch without `attention_mask`.
     """
 
     objective: Objective
@@ -78,6 +79,7 @@ class HeadCall:
     chunk_tokens: int | None = None
     need_entropy: bool = True
     label_smoothing: float = 0.0
+    attended: Tensor | None = None
 
     def __call__(
         self,
@@ -161,13 +163,15 @@ def add_fused_objective(model: Any) -> None:
         kwargs["use_cache"] = False
         if getattr(text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
+        mask = kwargs.get("attention_mask")
+        mask = fused_objective.attended if mask is None else mask
         backbone = self.base_model(*args, **kwargs)
         states, head = backbone.last_hidden_state, self.get_output_embeddings()
         loss, out = _call_head(head, fused_objective, states, labels, scale, softcap)
         return FusedModelOutput(
             loss=loss,
             statistics=out.statistics(),
-            aux_loss=_aux_loss(text_config, backbone, kwargs) if kwargs.get("output_router_logits") else None,
+            aux_loss=_aux_loss(text_config, backbone, mask) if kwargs.get("output_router_logits") else None,
             path=out.path,
         )
 
@@ -279,12 +283,12 @@ def _is_sharded(weight: Any) -> bool:
     return tensors is not None and isinstance(weight, tensors.DTensor)
 
 
-def _aux_loss(text_config: Any, backbone: Any, kwargs: dict[str, Any]) -> Tensor:
+def _aux_loss(text_config: Any, backbone: Any, mask: Tensor | None) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     return load_balancing_loss_func(
         backbone.router_logits,
         text_config.num_experts,
         text_config.num_experts_per_tok,
-        kwargs.get("attention_mask"),  # None for padding-free rows, where every token counts
+        mask,  # None where every token counts
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -257,11 +258,13 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
         inputs = dict(inputs if mode == "train" else self._without_repeats(inputs)[0])
         inputs.pop(RECORD, None)
         token_weights = inputs.pop(WEIGHT, None)
-        inputs.pop(ROW, None)
+        rows = inputs.pop(ROW, None)
         inputs["use_cache"] = False
+        call = self._head_call(mode, inputs, token_weights, num_items_in_batch)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, fused_objective=self._head_call(mode, inputs, token_weights, num_items_in_batch))
+            call = replace(call, attended=None if rows is None else rows >= 0)
+        outputs = model(**inputs, fused_objective=call)
         loss = outputs.loss
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks; this loss is a part of a sum.
