@@ -245,3 +245,15 @@ def test_what_theory_predicts_of_greedy_search() -> None:
     assert 3 < turn < 5
     assert share(3, "convex", 3.0) == 0.0 and share(5, "convex", 3.0) == 100.0
     assert share(5, "mle", None) == 0.0
+
+
+def test_arms_that_wait_for_another_are_not_trained_beside_it(tmp_path: Path) -> None:
+    import side_by_side
+
+    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    assert any("init_from" in arm for arm in recipe["arms"].values())
+    with pytest.raises(ValueError, match="starts from another arm"):
+        side_by_side.train_side_by_side(
+            [(ROOT / "recipes" / "demo.yaml", tmp_path / "run")], [], 2, tmp_path / "log.txt"
+        )
+    assert not (tmp_path / "run").exists()
