@@ -8,6 +8,8 @@ one), streams that must be of one length, and the hashes of what was scored.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -374,10 +376,13 @@ def sacrebleu_seed(seed: int) -> Iterator[None]:
 
 def package_versions(metric: str) -> dict[str, str]:
     """The versions of the packages that a metric's score comes from."""
-    from importlib.metadata import version
-
     package = "rouge-score" if metric.startswith("rouge") else "sacrebleu"
-    return {"convexlm": __version__, package: version(package)}
+    return {"convexlm": __version__, package: _version(package)}
+
+
+@functools.cache  # every score asks anew, and reading a package's metadata takes milliseconds
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def _details(result: Any) -> dict[str, Any]:

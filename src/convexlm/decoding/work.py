@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import math
 from dataclasses import asdict, dataclass
@@ -172,7 +171,6 @@ class Worker:
             self._backend.close()
             self._backend = None
             self._encoded, self._begun, self._splitters = {}, None, {}
-            gc.collect()
 
 
 def _encode(work: Work, engine: Backend) -> list[list[int]]:

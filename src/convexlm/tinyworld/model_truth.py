@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from convexlm.testsets import TestSet
 
 SENTENCES = 50  # of a test set: with some 60 translations each, three thousand sequences to score
-BATCH = 256
 
 
 def truth_of_checkpoint(
@@ -65,6 +64,8 @@ def model_log_probs(
     import torch
 
     from convexlm.decoding.loading import load_model
+    from convexlm.diagnosis.measure import measure
+    from convexlm.objectives import IGNORE_INDEX
     from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction, get_template
     from convexlm.tokenization import PromptSettings, encode_continuations, encode_prompts, load_tokenizer
 
@@ -77,32 +78,13 @@ def model_log_probs(
     prompt_ids = encode_prompts(tokenizer, prompts, settings)
     places = [(number, text) for number, texts in enumerate(candidates) for text in texts]
     answers = encode_continuations(tokenizer, [text for _, text in places])
-    rows = [
-        (prompt_ids[number], [*answer, tokenizer.eos_token_id])
-        for (number, _), answer in zip(places, answers, strict=True)
-    ]
+    rows = []
+    for (number, text), answer in zip(places, answers, strict=True):
+        prompt, answer_ids = prompt_ids[number], [*answer, tokenizer.eos_token_id]
+        labels = [IGNORE_INDEX] * len(prompt) + answer_ids
+        rows.append({"record_id": f"`{text}`", "input_ids": prompt + answer_ids, "labels": labels})
+    found = measure(model, rows, eos_token_id=tokenizer.eos_token_id)
     out: list[dict[str, float]] = [{} for _ in sources]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        for index, value in zip(chosen, _score(model, [rows[index] for index in chosen], device), strict=True):
-            number, text = places[index]
-            out[number][text] = value
+    for (number, text), value in zip(places, (found.m * found.lengths).tolist(), strict=True):
+        out[number][text] = value
     return [{text: found[text] for text in texts} for found, texts in zip(out, candidates, strict=True)]
-
-
-def _score(model: Any, rows: list[tuple[list[int], list[int]]], device: str) -> list[float]:
-    import torch
-
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention, target = torch.zeros_like(ids), torch.zeros(len(rows), longest, dtype=torch.bool)
-    for number, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[number, :end] = torch.tensor(prompt + answer)
-        attention[number, :end] = 1
-        target[number, len(prompt) : end] = True
-    with torch.no_grad():
-        logits = model(input_ids=ids.to(device), attention_mask=attention.to(device)).logits[:, :-1].float()
-    log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(device)).squeeze(-1)
-    return (log_probs.double() * target[:, 1:].to(device)).sum(1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
@@ -116,6 +117,7 @@ class CTranslate2Backend(Backend):
         """Free the model's memory."""
         super().close()
         self.model = None
+        gc.collect()
 
     def _search(
         self, prompts: Sequence[list[int]], search: Search, forbidden: list[list[str]] | None = None

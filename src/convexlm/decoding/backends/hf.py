@@ -116,7 +116,7 @@ class HuggingFaceBackend(Backend):
 
         super().close()
         self.prefix = None
-        self.model = release_memory(self.model)[0]
+        self.model = release_memory(self.model)[0]  # collects garbage too
 
     def _by_transformers(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """By `generate`, and log-probabilities from a separate scoring pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ class VllmBackend(Backend):
         """Let go of the engine."""
         super().close()
         self.model = None
+        gc.collect()
 
     def _hypothesis(self, completion: Any) -> Hypothesis:
         tokens = list(completion.token_ids)
