@@ -157,6 +157,14 @@ def test_rows_carry_their_settings(tmp_path: Path) -> None:
     (row,) = rows_module.collect(tmp_path, "x")
     assert row["learning_rate"] == 3e-4 and row["step"] == 20 and row["minutes"] == 1.5 and row["selected"]
     assert row["objective"] == "convex" and row["k"] == 1.0 and row["role"] == "test" and row["noise_share"] == 0.3
+    for score in (11.0, 13.0):  # the second in place of the first
+        rows_module.replace_experiment(tmp_path / "all.jsonl", "x", [row | {"score": score}])
+    rows_module.replace_experiment(tmp_path / "all.jsonl", "y", [row | {"experiment": "y"}])
+    kept = rows_module.read_jsonl(tmp_path / "all.jsonl")
+    assert [(one["experiment"], one["score"]) for one in kept] == [("x", 13.0), ("y", 12.5)]
+    assert "versions" not in kept[0] and kept[1].items() <= (row | {"experiment": "y"}).items()
+    versions = json.loads((tmp_path / "all-versions.json").read_text(encoding="utf-8"))
+    assert versions == {"x": [{"torch": "2"}], "y": [{"torch": "2"}]}
     found = figure.points([row, row | {"test_set": "u", "score": 13.5}], "x", "bleu")
     assert found == {("convex-k1", "greedy"): [13.0]}
     assert figure.draw(found, "a title", "BLEU").startswith("<svg xmlns=")

@@ -74,6 +74,25 @@ def run_rows(run: Path, *, validation_only: bool = False) -> list[dict[str, Any]
     return out
 
 
+def replace_experiment(path: Path, experiment: str, fresh: list[dict[str, Any]]) -> None:
+    """Put an experiment's rows into a file, in place of its old ones.
+
+    Their `versions` go into FILE-versions.json beside it, once an experiment: a list, as its run folders may differ.
+
+    Args:
+        path: a JSON Lines file of rows; it need not exist.
+        experiment: whose rows they are.
+        fresh: from `collect`.
+    """
+    old = [row for row in read_jsonl(path) if row["experiment"] != experiment] if path.exists() else []
+    beside = path.with_name(f"{path.stem}-versions.json")
+    versions = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    found = {json.dumps(row["versions"], sort_keys=True): row["versions"] for row in fresh}
+    versions[experiment] = [found[key] for key in sorted(found)]
+    beside.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_jsonl(path, [*old, *({key: row[key] for key in row if key != "versions"} for row in fresh)])
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every record of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adopt import adopt  # noqa: E402
 from make_data import make  # noqa: E402
 from noise import KINDS, OFF_TOPIC  # noqa: E402
-from rows import collect, read_jsonl, write_jsonl  # noqa: E402
+from rows import collect, read_jsonl, replace_experiment  # noqa: E402
 from side_by_side import train_side_by_side  # noqa: E402
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ def main() -> None:
         "--processes", type=int, default=1, help="trainings that run side by side, on a GPU with room for them"
     )
     parser.add_argument(
-        "--rows", type=Path, help="file to append the experiment's rows to (its old ones are replaced)"
+        "--rows",
+        type=Path,
+        help="file to put the experiment's rows into, in place of its old ones; versions go into FILE-versions.json",
     )
     args = parser.parse_args()
     name = args.name or f"multi30k-{args.pair}-" + (
@@ -196,9 +198,7 @@ def main() -> None:
         train_side_by_side(final, args.set, args.processes, log)
     run(final, args.set, log, at_once=args.processes > 1)
     if args.rows:
-        fresh = collect(folder, name)
-        old = [row for row in read_jsonl(args.rows) if row["experiment"] != name] if args.rows.exists() else []
-        write_jsonl(args.rows, [*old, *fresh])
+        replace_experiment(args.rows, name, collect(folder, name))
 
 
 def filtered_files(arms: dict[str, Any], share: float) -> dict[str, float]:
