@@ -234,6 +234,49 @@ def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam
     assert headline(read_run(copy))[0] == said
 
 
+@pytest.mark.parametrize(
+    ("rows", "said", "sentence", "line"),
+    [
+        (  # the larger lead may be luck, the smaller one is none
+            [_row(1.2, -0.1, 2.5, 0.07), _row(1, 0.6, 1.4, 0.002)],
+            "convex-k3 beats mle with greedy search: +1.00 BLEU",
+            "convex-k1 scores more, but that may be luck: +1.20",
+            "convex-k3 is ahead of mle by 1.00 BLEU (p = 0.002); "
+            "the lead of convex-k1, 1.20 BLEU (p = 0.070), may be luck",
+        ),
+        (
+            [_row(0.05, -1, 1, 0.8), _row(-6, -7, -5, 0.001)],
+            "No objective is surely ahead of mle",
+            "best of the others is convex-k1, +0.05",
+            "no arm is surely ahead of mle, and surely behind is convex-k3",
+        ),
+        (
+            [_row(0.05, -1, 1, 0.8), _row(-0.5, -1.5, 0.5, 0.3)],
+            "No objective differs from mle beyond chance",
+            "best of the others is convex-k1",
+            "no arm differs from mle beyond chance; nearest the top is convex-k1, +0.05 BLEU (p = 0.800)",
+        ),
+    ],
+)
+def test_an_arm_that_is_surely_ahead_or_behind_is_not_hidden_by_a_better_one(
+    copy: Path, rows: list[dict], said: str, sentence: str, line: str
+) -> None:
+    from convexlm.tables import conclusions
+
+    def edit(comparison: dict[str, Any]) -> None:
+        comparison["searches"] = ["greedy"]
+        comparison["table"] = [row for row in comparison["table"] if row["search"] == "greedy"]
+        for row in comparison["table"]:
+            if row["metric"] == "bleu" and row["arm"] != "mle":
+                row.update(rows[row["arm"] == "convex-k3"])
+
+    change(copy, edit)
+    run = read_run(copy)
+    title, sentences = headline(run)
+    assert title == said and sentence in sentences[0]
+    assert conclusions(run.comparison) == [f"greedy: {line}"]
+
+
 def test_lower_is_better_for_ter(copy: Path) -> None:
     def edit(comparison: dict[str, Any]) -> None:
         comparison["metrics"] = ["ter"]

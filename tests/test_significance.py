@@ -16,7 +16,7 @@ from sacrebleu.significance import PairedTest
 
 from convexlm import resampling
 from convexlm.errors import UserError
-from convexlm.significance import Corpus, holm, joint_test, mean_difference_test, paired_test
+from convexlm.significance import Corpus, holm, is_sure, joint_test, mean_difference_test, paired_test
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "house", "red", "blue", "big", "small", "was"]
 
@@ -123,12 +123,12 @@ def test_identical_systems_do_not_differ(method):
 
 @pytest.mark.parametrize("method", ["bs", "ar"])
 def test_one_better_sentence_proves_nothing(method):
-    """Approximate randomization, as sacreBLEU has it, thinks that it does."""
+    """Approximate randomization, as sacreBLEU has it, thinks that it does; the interval does not."""
     systems = {"a": SYSTEMS["mle"], "b": [*SYSTEMS["mle"][:-1], REFERENCE[-1]]}
     row = paired_test(systems, [REFERENCE], "en", ["chrf"], method=method, n_samples=200)[1]
     assert row["delta"] > 0
-    assert row["p_two_sided"] > 0.3
-    assert row["delta_low"] <= 0
+    assert row["p_two_sided"] > 0.3 or method == "ar"
+    assert row["delta_low"] <= 0 and not is_sure(row)
 
 
 def test_rouge_can_be_tested_too():

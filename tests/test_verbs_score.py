@@ -164,7 +164,18 @@ def test_a_lead_that_may_be_luck_is_called_so(files):
     Path("near").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = shown(compared("a=bad", "b=near", "--metrics", "bleu", "--n_samples", "200", "--method", "ar"))
     assert "may be luck" in text
-    assert "approximate randomization" in text
+    assert "approximate randomization, 200 trials (intervals: bootstrap, 1000 samples)" in text
+
+
+def test_randomization_decides_where_it_was_asked_for(files, capsys):
+    """One trial can only give p = 0.5 or 1, whatever a bootstrap would say."""
+    words = ("--systems", "a=bad", "b=good", "--references", "ref", "--target_lang", "de", "--metrics", "bleu")
+    (row,) = json_of(capsys, "compare", *words, "--method", "ar", "--n_samples", "1")["tests"][1:]
+    assert row["p_value"] == row["p_two_sided"] == row["p_holm"] >= 0.5
+    text = shown(compared("a=bad", "b=good", "--metrics", "bleu", "--method", "ar", "--n_samples", "1"))
+    assert "may be luck" in text
+    text = shown(compared("a=bad", "b=good", "--metrics", "bleu", "--method", "ar"))
+    assert "b is ahead of a by" in text
 
 
 def test_names_are_text_and_not_markup(files):

@@ -7,7 +7,9 @@ Three tests, all paired (every system is seen on the same sentences):
 - `mean_difference_test`: the same for any measure that every sentence has, such as 0/1.
 
 All give two p-values, `p_value` in sacreBLEU's convention and `p_two_sided`, which is stricter: `resampling` says how
-they differ. Decide on the second, and on the interval, which agrees with it.
+they differ. Decide on the second, and on the interval, which agrees with it. Where approximate randomization is asked for,
+both are its own, and the interval, still a bootstrap's, holds back its leniency: as sacreBLEU counts, one better
+sentence in a corpus is enough for it.
 
 A test over sentences says nothing of what another training seed would have given: show the spread over seeds, too.
 """
@@ -93,7 +95,7 @@ def paired_test(
         `system`, `baseline`, `score` with its 95 % bootstrap percentiles `low`, `high` and sacreBLEU's `mean` and `ci`
         (half-width), `delta` to the baseline with `delta_low`, `delta_high`, `p_value`, `p_two_sided`, `p_holm`
         (`p_two_sided` corrected over the systems of one metric) and `signature`. On the baseline's own rows, deltas
-        and p are None.
+        and p are None. With `ar` every p is the randomization's; intervals are of a bootstrap of 1000 resamples.
 
     Raises:
         UserError: fewer than two systems, streams of different length, and all that `Scorer` refuses.
@@ -123,6 +125,8 @@ def paired_test(
             # Ours is 1 where nothing differs, and sacreBLEU's otherwise.
             if row["p_value"] is not None and (row["delta"] or row["delta_low"] or row["delta_high"]):
                 row["p_value"] = float(result.p_value)
+            if method == "ar":
+                row["p_two_sided"] = row["p_value"]  # it counts both tails as it is
             extra = {"mean": float(result.mean), "ci": float(result.ci), "signature": str(signatures[title])}
             metric_rows.append({"metric": name, "higher_is_better": get_metric(name).higher_is_better} | row | extra)
         rows += _add_holm(metric_rows)

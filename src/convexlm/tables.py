@@ -116,16 +116,28 @@ def conclusions(comparison: dict[str, Any]) -> list[str]:
         if not rows:
             continue
         sign = 1 if rows[0].get("higher_is_better", True) else -1
-        best = max(rows, key=lambda row: sign * row["delta"])
-        title = TITLES.get(metric, metric)
-        by = f"{abs(best['delta']):.2f} {title} (p = {best['p_two_sided']:.3f})"
-        if not is_sure(best):
-            said.append(f"{search}: no arm differs from {baseline} beyond chance; nearest is {best['arm']}, by {by}")
-        elif sign * best["delta"] > 0:
-            said.append(f"{search}: {best['arm']} is ahead of {baseline} by {by}")
+        rows = sorted(rows, key=lambda row: -sign * row["delta"])
+        best, sure = rows[0], [row for row in rows if is_sure(row)]
+        ahead = [row for row in sure if sign * row["delta"] > 0]
+        behind = ", ".join(row["arm"] for row in sure if sign * row["delta"] < 0)
+        if ahead:
+            said.append(f"{search}: {ahead[0]['arm']} is ahead of {baseline} by {_by(ahead[0], metric)}")
+            if best is not ahead[0]:
+                said[-1] += f"; the lead of {best['arm']}, {_by(best, metric)}, may be luck"
+        elif len(sure) == len(rows):
+            said.append(f"{search}: {baseline} is ahead of every other arm, of {best['arm']} by {_by(best, metric)}")
+        elif sure:
+            said.append(f"{search}: no arm is surely ahead of {baseline}, and surely behind is {behind}")
         else:
-            said.append(f"{search}: {baseline} is ahead of every other arm, of {best['arm']} by {by}")
+            said.append(
+                f"{search}: no arm differs from {baseline} beyond chance; nearest the top is {best['arm']}, "
+                f"{best['delta']:+.2f} {TITLES.get(metric, metric)} (p = {best['p_two_sided']:.3f})"
+            )
     return said
+
+
+def _by(row: dict[str, Any], metric: str) -> str:
+    return f"{abs(row['delta']):.2f} {TITLES.get(metric, metric)} (p = {row['p_two_sided']:.3f})"
 
 
 def _title(comparison: dict[str, Any]) -> str:

@@ -29,7 +29,9 @@ def headline(run: RunData) -> tuple[str, list[str]]:
     if len(set(winners)) == 1:
         winner = winners[0]
         if winner is None:
-            return f"No objective differs from {baseline} beyond chance", sentences
+            differs = any(verdict["behind"] for verdict in found)
+            said = "is surely ahead of {}" if differs else "differs from {} beyond chance"
+            return f"No objective {said.format(baseline)}", sentences
         if winner == baseline:
             return f"{baseline} is ahead of every other objective", sentences
         searches = "with every search" if len(winners) > 1 else f"with {comparison['searches'][0]} search"
@@ -133,7 +135,7 @@ def _sign(row: dict[str, Any]) -> int:
 
 
 def _verdict(run: RunData, search: str) -> dict[str, Any]:
-    """Who is surely ahead with one search (an arm, or None), the row that says so, and a sentence."""
+    """Who is surely ahead with one search (an arm, or None), the row that says so, who is behind, and a sentence."""
     metric, baseline = run.comparison["metrics"][0], run.comparison["baseline"]
     rows = [
         row
@@ -142,21 +144,33 @@ def _verdict(run: RunData, search: str) -> dict[str, Any]:
     ]
     start = f"With {search} search "
     if not rows:
-        return {"winner": None, "lead": None, "text": f"{start}there is no test against {baseline}."}
-    best = max(rows, key=lambda row: _sign(row) * row["delta"])
-    ahead = _sign(best) * best["delta"] > 0
-    figures = f"{_figures(best, metric)}{_seeds_said(run, search, best['arm'], metric)}"
-    if ahead and is_sure(best):
-        text = f"{start}{best['arm']} scores {score_text(best['score'], metric)} {metric_title(metric)}, {figures}."
-        return {"winner": best["arm"], "lead": best, "text": text}
-    if not ahead and all(is_sure(row) for row in rows):
-        return {
-            "winner": baseline,
-            "lead": best,
-            "text": f"{start}every other objective is behind {baseline}; nearest is {best['arm']}, {figures}.",
-        }
-    text = f"{start}no objective is surely ahead of {baseline}; best of the others is {best['arm']}, {figures}."
-    return {"winner": None, "lead": best, "text": text}
+        text = f"{start}there is no test against {baseline}."
+        return {"winner": None, "lead": None, "behind": [], "text": text}
+    rows = sorted(rows, key=lambda row: -_sign(row) * row["delta"])
+    best, sure = rows[0], [row for row in rows if is_sure(row)]
+    ahead = [row for row in sure if _sign(row) * row["delta"] > 0]
+    behind = [row["arm"] for row in sure if _sign(row) * row["delta"] < 0]
+
+    def figures(row: dict[str, Any]) -> str:
+        return f"{_figures(row, metric)}{_seeds_said(run, search, row['arm'], metric)}"
+
+    winner = None
+    if ahead:
+        lead = ahead[0]
+        winner = lead["arm"]
+        text = f"{start}{winner} scores {score_text(lead['score'], metric)} {metric_title(metric)}, {figures(lead)}"
+        if best is not lead:
+            text += f"; {best['arm']} scores more, but that may be luck: {figures(best)}"
+    elif len(behind) == len(rows):
+        winner = baseline
+        text = f"{start}every other objective is behind {baseline}; nearest is {best['arm']}, {figures(best)}"
+    else:
+        text = (
+            f"{start}no objective is surely ahead of {baseline}; best of the others is {best['arm']}, {figures(best)}"
+        )
+        if behind:
+            text += f"; surely behind: {', '.join(behind)}"
+    return {"winner": winner, "lead": ahead[0] if ahead else best, "behind": behind, "text": f"{text}."}
 
 
 def _by(row: dict[str, Any], metric: str) -> str:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-_LEVEL = 0.05
-
 
 def make_parser(prog: str) -> VerbParser:
     """The options of `convexlm compare`."""
@@ -118,6 +116,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
     from convexlm.scoring import get_metric
+    from convexlm.significance import DEFAULT_SAMPLES, is_sure
 
     several = len(result["systems"]) > 2
     for metric in dict.fromkeys(row["metric"] for row in result["tests"]):
@@ -138,14 +137,17 @@ def show(result: dict[str, Any], console: Console) -> None:
             else:
                 cells += [f"{row['delta']:+.2f}", f"[{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"]
                 cells.append(_p_text(row["p_holm"]))
-            style = ("bold green" if _is_sure(rows, best) else "bold") if row is best else None
+            style = ("bold green" if is_sure(_rival(rows, best)) else "bold") if row is best else None
             table.add_row("★" if row is best else "", escape(row["system"]), *map(escape, cells), style=style)
         console.print(table)
         console.print(_verdict(rows, best, kind.title), markup=False, soft_wrap=True)
         console.print(f"{metric}|{rows[0]['signature']}", style="dim", markup=False, soft_wrap=True)
         console.print()
-    test = {"bs": "paired bootstrap", "ar": "approximate randomization"}[result["method"]]
-    text = f"{result['num_sentences']} sentences, {test}, {result['n_samples']} samples, seed {result['seed']}"
+    test = f"paired bootstrap, {result['n_samples']} samples"
+    if result["method"] == "ar":
+        test = f"paired approximate randomization, {result['n_samples']} trials (intervals: bootstrap, "
+        test += f"{DEFAULT_SAMPLES['bs']} samples)"
+    text = f"{result['num_sentences']} sentences, {test}, seed {result['seed']}"
     for system in result["systems"]:
         if system["num_empty"]:
             text += f"; {system['name']}: {system['num_empty']} empty"
@@ -167,14 +169,10 @@ def _rival(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> dict[str, An
     return max((row for row in rows if row is not best), key=lambda row: sign * row["score"])
 
 
-def _is_sure(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> bool:
-    """Whether the corrected p and the stricter p agree: sacreBLEU's alone is lenient (see `resampling`)."""
-    tested = _rival(rows, best)
-    return bool(tested["p_holm"] < _LEVEL and tested["p_two_sided"] < _LEVEL)
-
-
 def _verdict(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, title: str) -> str:
     """One sentence on the best system and the one it was tested against."""
+    from convexlm.significance import is_sure
+
     if best is None:
         return f"No single system has the best {title}."
     tested = _rival(rows, best)
@@ -185,7 +183,7 @@ def _verdict(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, title:
     figures = f"{sign * tested['delta']:.2f} {title} (95 % interval {low:+.2f} to {high:+.2f}"
     figures += f", {p_name} = {_p_text(tested['p_holm'])})"
     loser = best["baseline"] if tested is best else tested["system"]
-    if _is_sure(rows, best):
+    if is_sure(tested):
         return f"{best['system']} is ahead of {loser} by {figures}."
     return f"{best['system']} is best, but its lead over {loser} may be luck: {figures}."
 
