@@ -221,6 +221,32 @@ def test_an_adapter_stays_one(adapter: tuple[Path, torch.Tensor], tmp_path: Path
     assert card(tmp_path / "out")[0]["library_name"] == "peft"
 
 
+def test_an_adapter_is_put_on_the_revision_it_was_trained_on(
+    adapter: tuple[Path, torch.Tensor], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    told = {**config, "base_model_name_or_path": "some/base", "revision": "v2"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append((name, options.pop("revision", None)))
+        return load(tiny_llama, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    export_checkpoint(folder, tmp_path / "named", merge_adapter=True)
+    export_checkpoint(folder, tmp_path / "given", merge_adapter=True, base_model="other/base")
+    assert asked == [("some/base", "v2"), ("other/base", None)]
+    monkeypatch.undo()
+    assert torch.allclose(logits(tmp_path / "named"), expected, atol=1e-5)
+    for base, shown in ((None, ("some/base", "v2")), ("other/base", ("other/base", None))):
+        out = tmp_path / f"adapter-{base is None}"
+        export_checkpoint(folder, out, base_model=base)
+        written = json.loads((out / "adapter_config.json").read_text())
+        assert (written["base_model_name_or_path"], written["revision"]) == shown
+
+
 def test_an_adapter_without_its_base(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     folder, _ = adapter
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -339,6 +365,46 @@ def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="were written"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_there_stays_the_same_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    before = folder.stat().st_ino
+    result = export_checkpoint(checkpoint, ".")
+    assert result["output_dir"] == "." and folder.stat().st_ino == before and os.path.samefile(".", folder)
+    assert set(result["files"]) == {path.name for path in folder.iterdir()} and "README.md" in result["files"]
+    assert card(folder)[1].lstrip().startswith("# here")
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / ".export").mkdir()  # as a killed export leaves it
+    export_checkpoint(checkpoint, tmp_path / "link")
+    assert (
+        (tmp_path / "link").is_symlink() and (folder / "config.json").is_file() and not (folder / ".export").exists()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "runs"]
+
+
+def test_an_output_that_cannot_be_is_told_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convexlm.export._load", lambda *_: pytest.fail("worked before it looked"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("file/out", "file/deeper/out", "loop", "loop/out", "x" * 300):
+        with pytest.raises(UserError, match=r"^--output_dir .*: cannot be (written|read) \("):
+            export_checkpoint(checkpoint, tmp_path / name)
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "out")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    with pytest.raises(UserError, match="cannot be written.*Permission denied"):
+        export_checkpoint(checkpoint, tmp_path / "out")
 
 
 def test_the_verb(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.adapters import merge_adapter as merged_model
 from convexlm.checkpoints import COMPLETE_FILE, read_marker, why_incomplete
 from convexlm.errors import UserError
 from convexlm.files import write_atomic
@@ -28,6 +29,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja"),
 )
+STAGING = ".export"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,21 +63,23 @@ def export_checkpoint(
         path), `scores` (how many the card shows).
 
     Raises:
-        UserError: the checkpoint is incomplete or cannot be exported as asked, or `output_dir` is not empty.
+        UserError: the checkpoint is incomplete or cannot be exported as asked, or `output_dir` is not empty or cannot
+            be written.
     """
     from convexlm.model_card import write_card
 
-    source, target = Path(checkpoint), Path(output_dir)
-    _check(source, target, dtype)
+    source, target = Path(checkpoint), _real_path(output_dir)
+    _check(source, target, output_dir, dtype)
     kind = kind_of(source)
     if merge_adapter and kind != "adapter":
         raise UserError(f"--merge_adapter: {source} holds no adapter ({ADAPTER_CONFIG} is missing)")
     if kind == "zero" and not allow_pickle:
         _refuse_code(source)
-    staging = target.parent / f".{target.name}.export"
+    # A folder that is there stays the same one: somebody's shell may be in it.
+    staging = target / STAGING if target.is_dir() else target.parent / f".{target.name}{STAGING}"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         if kind == "adapter" and not merge_adapter:
             count, written = _copy_adapter(source, staging, dtype, base_model)
         else:
@@ -97,18 +101,18 @@ def export_checkpoint(
             license_name=license_name,
             name=target.name,
         )
-        if target.exists():
-            target.rmdir()  # it is empty
-        staging.rename(target)
+        _put_in_place(staging, target)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({_first_line(error)})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return {
-        "output_dir": str(target),
+        "output_dir": str(output_dir),
         "kind": final,
         "parameters": count,
         "dtype": written,
         "files": sorted(path.name for path in target.iterdir()),
-        "card": str(target / "README.md"),
+        "card": str(Path(output_dir) / "README.md"),
         "scores": card["scores"],
     }
 
@@ -138,7 +142,24 @@ def _sharded_folder(checkpoint: Path) -> Path | None:
     return next((p for p in (checkpoint / SHARDED_FOLDER, checkpoint) if (p / METADATA).is_file()), None)
 
 
-def _check(source: Path, target: Path, dtype: str) -> None:
+def _real_path(output_dir: str | Path) -> Path:
+    """Where the folder really is: what `.` and symbolic links stand for."""
+    try:
+        return Path(output_dir).resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({_first_line(error)})") from None
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if staging.parent != target:
+        staging.rename(target)
+        return
+    for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):  # by which it loads
+        path.rename(target / path.name)
+    staging.rmdir()
+
+
+def _check(source: Path, target: Path, output_dir: str | Path, dtype: str) -> None:
     if not source.is_dir():
         raise UserError(f"--checkpoint {source}: no such folder")
     marker = source / COMPLETE_FILE
@@ -146,9 +167,13 @@ def _check(source: Path, target: Path, dtype: str) -> None:
         raise UserError(f"--checkpoint {source}: {reason}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"--output_dir {target}: is not empty; give a folder that does not exist yet")
-    if source.resolve() == target.resolve():
+    try:
+        full = target.is_dir() and any(path.name != STAGING for path in target.iterdir())
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be read ({_first_line(error)})") from None
+    if full or (target.exists() and not target.is_dir()):
+        raise UserError(f"--output_dir {output_dir}: is not empty; give a folder that does not exist yet")
+    if source.resolve() == target:
         raise UserError("--output_dir is the checkpoint itself")
 
 
@@ -174,12 +199,16 @@ def _load(source: Path, kind: str, base_model: str | None, dtype: str, trust_rem
     return _from_state(source, _state(source, kind), base_model, dtype, trust_remote_code)
 
 
-def _pretrained(name: str, dtype: str, trust_remote_code: bool) -> Any:
+def _pretrained(name: str, dtype: str, trust_remote_code: bool, revision: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **({"revision": revision} if revision else {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{name}: the model cannot be loaded ({_first_line(error)})") from None
@@ -242,22 +271,26 @@ def _twin_is_there(model: Any, name: str, state: Mapping[str, Tensor]) -> bool:
 def _merged(source: Path, base_model: str | None, dtype: str, trust_remote_code: bool) -> Any:
     from peft import PeftModel
 
-    base = base_model or base_of(source)
+    named, revision = base_of(source)
+    base = base_model or named
     if not base:
         raise UserError(f"{source / ADAPTER_CONFIG}: does not say which model it belongs to; give --base_model")
     if not any(source.glob("adapter_model*.safetensors")):
         raise UserError(f"{source}: no adapter in safetensors format there")
-    model = _pretrained(base, dtype, trust_remote_code)
+    model = _pretrained(base, dtype, trust_remote_code, revision=None if base_model else revision)
     try:
-        return PeftModel.from_pretrained(model, str(source), use_safetensors=True).merge_and_unload(safe_merge=True)
+        return merged_model(PeftModel.from_pretrained(model, str(source), use_safetensors=True))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{source}: the adapter does not fit {base} ({_first_line(error)})") from None
 
 
-def base_of(adapter: Path) -> str | None:
-    """The base model that an adapter's config names."""
-    name = _json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
+def base_of(adapter: Path) -> tuple[str | None, str | None]:
+    """The base model that an adapter's config names, and which revision of it on the hub."""
+    config = _json(adapter / ADAPTER_CONFIG)
+    name, revision = (config.get(key) or None for key in ("base_model_name_or_path", "revision"))
+    return name if isinstance(name, str) else None, revision if isinstance(revision, str) else None
 
 
 def _copy_adapter(source: Path, target: Path, dtype: str, base_model: str | None) -> tuple[int, str]:
@@ -274,7 +307,7 @@ def _copy_adapter(source: Path, target: Path, dtype: str, base_model: str | None
     save_file(state, target / weights.name, metadata={"format": "pt"})
     config = _json(source / ADAPTER_CONFIG)
     if base_model:
-        config["base_model_name_or_path"] = base_model
+        config.update(base_model_name_or_path=base_model, revision=None)
     write_atomic(target / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     return sum(tensor.numel() for tensor in state.values()), "/".join(kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from convexlm import adapters
 from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
 from convexlm.errors import UserError
 
@@ -67,12 +68,12 @@ def load_model(
     if is_adapter(checkpoint):
         from peft import PeftModel
 
-        # Not merged: in bfloat16 a merged model is another one than was trained.
-        adapted = _or_refuse(
+        # Not merged, unless asked for: in bfloat16 a merged model is another one than was trained.
+        put = adapters.merge_adapter if merge_adapter else PeftModel.get_base_model
+        model = _or_refuse(
             f"{checkpoint}: the adapter cannot be put on its base model {folder}",
-            lambda: PeftModel.from_pretrained(model, checkpoint, local_files_only=True, torch_device=device),
+            lambda: put(PeftModel.from_pretrained(model, checkpoint, local_files_only=True, torch_device=device)),
         )
-        model = adapted.merge_and_unload() if merge_adapter else adapted.get_base_model()
     return model.eval()
 
 

@@ -1,0 +1,85 @@
+"""Merging an adapter into its base model, so that the merged model computes what the two did together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from convexlm.errors import UserError
+
+
+def merge_adapter(model: Any) -> Any:
+    """The base model with the adapter's weights added to its own.
+
+    PEFT adds an update to a weight in place. Where input and output embeddings are one tensor and one of them is
+    adapted, that would change the other, too; so each gets a tensor of its own, and the config says so.
+
+    Args:
+        model: a `PeftModel`; it is used up.
+
+    Raises:
+        UserError: an adapted layer shares its weight with a layer that no config can untie it from, or the adapter is
+            made of virtual tokens.
+        ValueError: the adapter holds numbers that are not finite.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(f"the adapter cannot be merged: {model.active_peft_config.peft_type} has no weights to add")
+    _untie(model.get_base_model())
+    merged = model.merge_and_unload(safe_merge=True)
+    inner, outer = _embeddings(merged)
+    # An embedding that was trained as a whole (`modules_to_save`) has left its twin, too.
+    if inner is not None and outer is not None and inner.weight is not outer.weight:
+        _say_untied(merged)
+    return merged
+
+
+def _untie(base: Any) -> None:
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    holders: dict[int, list[tuple[str, Any]]] = defaultdict(list)
+    for name, module in base.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            holders[id(weight)].append((name, module))
+    embeddings = [layer for layer in _embeddings(base) if layer is not None]
+    for name, layer in base.named_modules():
+        # Trained tokens replace rows of a tied tensor for both sides, in training as well.
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        own: Any = layer.get_base_layer()
+        if (weight := own._parameters.get("weight")) is None:
+            continue
+        others = [(twin, module) for twin, module in holders[id(weight)] if module is not own]
+        if not others:
+            continue
+        if any(module not in embeddings for module in (own, *(module for _, module in others))):
+            raise UserError(
+                f"the adapter cannot be merged: `{name}` shares its weight with `{others[0][0]}`, which would change, "
+                "too; keep the adapter beside its base model"
+            )
+        _say_untied(base)
+        holders[id(weight)] = others
+        own.weight = type(weight)(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    """The modules of the input and the output embedding, without what PEFT puts around them; None if there is none."""
+    found = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            layer = get()
+        except (NotImplementedError, AttributeError):
+            layer = None
+        while layer is not None and (inside := _inside(layer)) is not None:
+            layer = inside
+        found.append(layer)
+    return found[0], found[1]
+
+
+def _inside(layer: Any) -> Any:
+    return next((layer._modules[name] for name in ("base_layer", "original_module") if name in layer._modules), None)
+
+
+def _say_untied(model: Any) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
