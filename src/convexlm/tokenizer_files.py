@@ -17,7 +17,7 @@ _PROBES = ("Hello world", " two  blanks", "a\nb\n\n c", '"</s><s>', "Grüße, �
 _NORMAL, _BPE = 1, 2  # values of sentencepiece's protocol: piece types, model type
 
 
-def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """A tokenizer, with a pad token.
 
     Where there is no pad token, the unknown token becomes it, or else the EOS token. Rows are masked by position
@@ -27,6 +27,7 @@ def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False)
         path_or_name: a folder with tokenizer files, or with `tokenizer.model` alone; such a `.model` file itself; or
             a name on the hub.
         trust_remote_code: run code that comes with the tokenizer.
+        revision: branch, tag or commit of a name on the hub.
 
     Raises:
         UserError: no such file, folder or name; a folder without a tokenizer; a model that cannot be converted.
@@ -45,7 +46,8 @@ def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code)
+        at = {"revision": revision} if revision else {}
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code, **at)
     except Exception as error:  # OSError, ValueError, KeyError and the hub client's own, by what is missing
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         what = "no tokenizer in this folder" if path.is_dir() else "no such folder, and not loadable from the hub"

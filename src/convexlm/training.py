@@ -112,7 +112,11 @@ def train_model(
     _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)
     tokenizer_source = data.tokenizer_name or model_options.model_name_or_path or data.config_name
-    tokenizer = load_tokenizer(str(tokenizer_source), trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        str(tokenizer_source),
+        trust_remote_code=args.trust_remote_code,
+        revision=None if data.tokenizer_name else _revision(model_options),
+    )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
     _check_model(model_options, data)  # before the data, which may take long
     train_dataset, counts = _training_rows(data, args, tokenizer, settings)
@@ -286,9 +290,15 @@ def _model(
     loading.setdefault("dtype", options.dtype or "float32")
     if options.attn_implementation:
         loading.setdefault("attn_implementation", options.attn_implementation)
-    if options.model_revision != "main":
-        loading.setdefault("revision", options.model_revision)
+    if revision := _revision(options):
+        loading.setdefault("revision", revision)
     return str(options.model_name_or_path), loading
+
+
+def _revision(options: ModelConfig) -> str | None:
+    """The branch, tag or commit of a model on the hub; None for its default, and for a local folder."""
+    name, revision = options.model_name_or_path, options.model_revision
+    return None if not name or Path(name).exists() or revision == "main" else str(revision)
 
 
 def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: ModelConfig) -> PreTrainedModel:
@@ -302,7 +312,9 @@ def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: Mo
     }
     # Said in so many words, for else transformers would ask on the terminal.
     code = {"trust_remote_code": bool(args.trust_remote_code)}
-    extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    if options.dtype != "auto":  # which is the config's own
+        extra["dtype"] = options.dtype or "float32"
     try:
         config = AutoConfig.from_pretrained(config_name, **special, **code)
         set_seed(args.seed)
@@ -320,6 +332,8 @@ def _peft(options: ModelConfig) -> Any:
     if config is not None and isinstance(modules, str) and modules != "all-linear":
         # TRL takes a list of one module apart, and PEFT reads a bare string as a pattern for the whole name.
         config.target_modules = {modules}
+    if config is not None:
+        config.revision = _revision(options)  # by which decoding and export find the base that was trained on
     return config
 
 

@@ -83,16 +83,17 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def base_of_adapter(folder: Path) -> Path:
-    """The folder of the base model that an adapter was trained on.
+    """The folder of the base model that an adapter was trained on, in the revision that it names.
 
     Raises:
         UserError: the adapter does not name one, or it cannot be found.
     """
-    name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    config = _read_json(folder / "adapter_config.json")
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
         raise UserError(f"{folder}: adapter_config.json does not name its base model (base_model_name_or_path)")
     try:
-        return find_checkpoint(name)
+        return find_checkpoint(name, revision=revision or None)
     except UserError as error:
         raise UserError(f"{folder}: the base model of this adapter cannot be used: {error}") from None
 
