@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_LOOKS_SECRET = (
-    r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w+|AKIA[0-9A-Z]{12,}"
-    r"|eyJ[\w-]{10,}\.[\w-]+|://[^/\s:@]+:[^/\s@]+@"
+# Each begins a word, for `task-translation` and `llama_hf_converted` hold the same letters; and each is as long and as
+# mixed as names of models and files seldom are.
+_TOKEN = (
+    r"hf_[A-Za-z0-9]{16,}|sk-(?:[A-Za-z0-9]{32,}|(?=[\w-]*\d)(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,})"
+    r"|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|A[KS]IA[0-9A-Z]{12,}|eyJ[\w-]{10,}\.[\w-]+"
 )
+_LOOKS_SECRET = rf"(?<![A-Za-z0-9_])(?:{_TOKEN})|://[^/\s:@]+:[^/\s@]+@"
 _SECRET = re.compile(rf"{_LOOKS_SECRET}|(?i:token|secret|passwo?r?d|api[_-]?key)\s*[=:]\s*\S+")
 _VALUE = re.compile(_LOOKS_SECRET)
 _KEY = re.compile(r"(?i)(\w+_)?(api_?key|secret|password)|(hub_|access_|auth_|push_to_hub_)?token")
