@@ -289,14 +289,20 @@ def test_a_run_trained_on_many_processes_is_done_on_one(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How a global batch was shared is no part of what was trained."""
-    from convexlm.pipeline import _training_identity, train_options
+    from convexlm.pipeline import train_options, world_size
+    from convexlm.training_identity import InputHashes, options_sha256, training_identity
+
+    def identities() -> tuple[str, dict[str, Any]]:
+        options = train_options(recipe, folder, run)
+        return options_sha256(options, folder), training_identity(options, folder, world_size(), InputHashes())
 
     recipe = load_recipe(write_recipe(tmp_path, recipe_with(train__global_batch_size=32)))
     folder = RunFolder(finished / "run")
     run = trained_runs(recipe)[0]
-    alone = _training_identity(train_options(recipe, folder, run), folder)
+    alone = identities()
+    assert alone[1]["global_batch"] == 32
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert _training_identity(train_options(recipe, folder, run), folder) == alone
+    assert identities() == alone
 
 
 # -- selection

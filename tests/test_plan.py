@@ -181,11 +181,11 @@ def test_checkpoints_that_will_not_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_generated_records_are_counted_as_they_will_be(tmp_path: Path) -> None:
-    from convexlm.pipeline import _generate
+    from convexlm.run_data import generate
 
     dataset = {"kind": "tinyworld", "directions": ["en-de", "de-en", "en-zh"], "size": 100, "seed": 1}
     recipe = load(tmp_path, data={"dataset": dataset}, train__max_steps=None)
-    assert make_plan(recipe, tmp_path / "run")["train"][0]["records"] == len(_generate(dataset)) == 99
+    assert make_plan(recipe, tmp_path / "run")["train"][0]["records"] == len(generate(dataset)) == 99
     recipe = load(tmp_path, data={"dataset": dataset, "max_records": 7}, train__max_steps=None)
     assert make_plan(recipe, tmp_path / "run")["train"][0]["records"] == 7
 

@@ -34,9 +34,10 @@ def adopt(
     Raises:
         ValueError: a training of `tuned` was made with other options than the recipe's.
     """
-    from convexlm.pipeline import _training_identity, train_options
+    from convexlm.pipeline import train_options
     from convexlm.recipe import load_recipe
     from convexlm.runs import RunFolder, trained_runs
+    from convexlm.training_identity import options_sha256
 
     recipe, folder = load_recipe(recipe_file, overrides), RunFolder(run_dir)
     theirs = load_recipe(tuned.with_suffix(".yaml"), overrides)
@@ -56,7 +57,7 @@ def adopt(
         staging = target.with_name(f".{target.name}")
         shutil.copytree(RunFolder(tuned).train(source), staging, dirs_exist_ok=True)
         done = json.loads((staging / "done.json").read_text(encoding="utf-8"))
-        done["identity"] = _training_identity(options, folder)
+        done["identity"] = options_sha256(options, folder)
         (staging / "done.json").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         staging.rename(target)
         copied.append(run.arm)

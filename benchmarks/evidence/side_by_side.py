@@ -35,8 +35,8 @@ def train_side_by_side(
         UserError: as `convexlm run`, from the first training that fails.
         ValueError: an arm starts from another arm.
     """
-    from convexlm.pipeline import _prepare_data
     from convexlm.recipe import load_recipe
+    from convexlm.run_data import prepare_data
     from convexlm.runs import RunFolder, trained_runs
 
     jobs = []
@@ -48,7 +48,7 @@ def train_side_by_side(
         recipe = folder.continued(recipe)
         folder.claim(recipe)
         with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
-            _prepare_data(recipe, folder)
+            prepare_data(recipe, folder)
         jobs += [(file, run_dir, tuple(overrides), run.name, log) for run in trained_runs(recipe)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_train_one, jobs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.memory import gigabytes
-from convexlm.pipeline import check_files, train_options, world_size
+from convexlm.pipeline import train_options, world_size
 from convexlm.plan_data import Data, count_records
 from convexlm.plan_training import (
     checkpoint_steps,
@@ -18,6 +18,7 @@ from convexlm.plan_training import (
     sharding_of_file,
     steps_of_epoch,
 )
+from convexlm.preflight import check_files
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 

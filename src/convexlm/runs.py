@@ -3,7 +3,7 @@
     runs/NAME/
       recipe.yaml                                   the resolved recipe, with versions
       data/                                         what the recipe generated (tinyworld's corpus and tokenizer)
-      train/RUN/checkpoint-STEP/, metrics.jsonl, done.json
+      train/RUN/checkpoint-STEP/, metrics.jsonl, identity.json, done.json
       decode/RUN/checkpoint-STEP/TESTSET.PAIR.SEARCH.jsonl (and .meta.json)
       selection.json                                which checkpoint was chosen, where the recipe selects one
       scores.jsonl  comparison.json  report.html
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 DONE_FILE = "done.json"  # of a training run
 VERSIONED = ("convexlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "sacrebleu")
-# What may change between two calls of one run without changing a result.
+# What may change between two calls of one run. Of `launch` the global batch matters to a result, which is
+# in every training's identity (see `training_identity`).
 NOT_IDENTITY = ("description", "vars", "versions", "launch", "plain_seed")
 
 
