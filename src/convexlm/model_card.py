@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.card_objective import objective_lines, objective_of
 from convexlm.checkpoints import read_marker
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
@@ -25,15 +26,19 @@ CARD_FILE = "README.md"
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "num_train_epochs"),
     *("max_steps", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
-    *("packing", "bf16", "fp16", "optim", "k_warmup", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_target_modules", "load_in_4bit", "load_in_8bit", "dtype", "seed"),
+    *(
+        "packing",
+        "bf16",
+        "fp16",
+        "optim",
+        "k_warmup",
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
+        "max_grad_norm",
+    ),
+    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora"),
+    *("load_in_4bit", "load_in_8bit", "dtype", "model_revision", "seed"),
 )
-FORMULAS = {
-    "mle": "-m",
-    "convex": "(1 - exp(k m)) / k",
-    "power": "(-m)^k / k",
-    "dft": "1 - exp(log p) of every token",
-}
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "rouge": "ROUGE", "comet": "COMET"}
 _LOCAL = re.compile(r"^(/|~|\.{1,2}(/|$)|[A-Za-z]:[\\/]|\\\\|file:)")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")
@@ -75,9 +80,10 @@ def write_card(
     run = find_run(checkpoint, run_dir)
     recipe = load_yaml(run / "recipe.yaml") if run else {}
     arm = _arm_of(checkpoint, recipe)
-    settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_mapping(_mapping(recipe, "arms"), arm)}
+    settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_arm(arm, recipe)}
+    before = _arms_before(arm, recipe)
     marker = read_marker(folder)
-    objective = marker.get("objective") or {key: settings[key] for key in ("objective", "k") if key in settings}
+    objective = marker.get("objective") or objective_of(settings)
     base = public_name(base_model or settings.get("model_name_or_path") or _named_base(checkpoint))
     dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
     scores = _scores(run, checkpoint, arm) if run else []
@@ -99,12 +105,13 @@ def write_card(
         [
             f"# {clean(name)}",
             "",
-            _opening(kind, base, objective, parameters, dtype, checkpoint),
+            _opening(kind, base, objective, parameters, dtype, checkpoint, recipe, before),
             "",
-            *_objective_section(objective),
+            *objective_lines(objective, settings),
             *_prompt_section(marker.get("prompt") or {}),
             *_data_section(dataset, recipe),
             *_settings_section(settings, recipe, checkpoint),
+            *_before_section(before, recipe),
             *_scores_section(scores),
             "## Versions",
             "",
@@ -148,6 +155,22 @@ def _arm_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str:
     run = checkpoint.resolve().parent.name
     arms = _mapping(recipe, "arms")
     return run if run in arms else re.sub(r"\.seed\d+$", "", run)
+
+
+def _arm(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return _mapping(_mapping(recipe, "arms"), name)
+
+
+def _arms_before(arm: str, recipe: Mapping[str, Any]) -> list[str]:
+    """The arms that were trained before this one, whose ends it began from; the first one first."""
+    found: list[str] = []
+    while (start := _arm(found[0] if found else arm, recipe).get("init_from")) and str(start) not in found:
+        found.insert(0, str(start))
+    return found
+
+
+def _objective_name(arm: str, recipe: Mapping[str, Any]) -> str:
+    return clean(objective_of({"objective": "convex", **_mapping(recipe, "train"), **_arm(arm, recipe)})["name"])
 
 
 def _seed_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str | None:
@@ -234,30 +257,29 @@ def _cell(text: Any) -> str:
 
 
 def _opening(
-    kind: str, base: str | None, objective: Mapping[str, Any], parameters: int, dtype: str, checkpoint: Path
+    kind: str,
+    base: str | None,
+    objective: Mapping[str, Any],
+    parameters: int,
+    dtype: str,
+    checkpoint: Path,
+    recipe: Mapping[str, Any],
+    before: list[str],
 ) -> str:
+    model = _mapping(recipe, "model")
+    new = bool(model.get("config") or model.get("config_name"))
     what = {"adapter": "An adapter (LoRA)", "merged": "A causal language model, its adapter merged into it,"}
-    start = f" of `{base}`" if base else ""
+    start = f" fine-tuned of `{base}`" if base else " trained from random weights" if new else " fine-tuned"
     name = objective.get("name")
-    how = f" fine-tuned{start} with the `{name}` objective" if name else f" fine-tuned{start}"
+    first = [f"with the `{_objective_name(earlier, recipe)}` objective" for earlier in before]
+    if first:
+        first[0] = "first " + first[0]
+    last = f"with the `{clean(name)}` objective" if name else ""
+    how = start + (" " if last or first else "") + ", then ".join(filter(None, [*first, last]))
     step = checkpoint.name.rsplit("-", 1)[-1]
-    at = f", at step {int(step):,}" if checkpoint.name.startswith("checkpoint-") and step.isdigit() else ""
+    of_last = " of the last training" if before else ""
+    at = f", at step {int(step):,}{of_last}" if checkpoint.name.startswith("checkpoint-") and step.isdigit() else ""
     return f"{what.get(kind, 'A causal language model')}{how} by convexlm{at}: {parameters:,} parameters in {dtype}."
-
-
-def _objective_section(objective: Mapping[str, Any]) -> list[str]:
-    if not objective:
-        return []
-    settings = ", ".join(f"{key} = {clean(value)}" for key, value in sorted(objective.items()) if key != "name")
-    name = str(objective.get("name", objective.get("objective")))
-    formula = f": `{FORMULAS[name]}`" if name in FORMULAS else ""
-    return [
-        "## Objective",
-        "",
-        f"`{clean(name)}`{formula}, where m is the mean log-probability of an answer's tokens."
-        + (f" Settings: {settings}." if settings else ""),
-        "",
-    ]
 
 
 def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:
@@ -297,6 +319,20 @@ def _settings_section(settings: Mapping[str, Any], recipe: Mapping[str, Any], ch
         return []
     rows = [f"| {key} | {_cell(value)} |" for key, value in shown.items()]
     return ["## Settings", "", "| setting | value |", "|---|---|", *rows, ""]
+
+
+def _before_section(before: list[str], recipe: Mapping[str, Any]) -> list[str]:
+    """What was trained before, in its order: objective and settings of each arm."""
+    lines = []
+    for arm in before:
+        settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_arm(arm, recipe)}
+        objective = objective_of({"objective": "convex", **settings})
+        dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
+        shown = {**{key: value for key, value in objective.items() if key != "name"}, "dataset": dataset}
+        shown.update({key: settings[key] for key in SETTINGS if settings.get(key) is not None})
+        told = ", ".join(f"{key} = {clean(value)}" for key, value in shown.items() if value is not None)
+        lines.append(f"- `{clean(arm)}`, with the `{clean(objective['name'])}` objective: {told}.")
+    return ["## Trained before", "", *lines, ""] if lines else []
 
 
 def _versions(recipe: Mapping[str, Any]) -> dict[str, str]:

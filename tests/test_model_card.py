@@ -1,0 +1,124 @@
+"""What a model card says of the training: the objective that was minimised, and what was trained before."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from convexlm.card_objective import objective_lines, objective_of
+from convexlm.model_card import write_card
+from convexlm.objectives import get_objective
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def said(training: dict[str, Any] | None = None, **objective: Any) -> str:
+    lines = objective_lines(get_objective(**objective).to_dict(), training or {})
+    assert lines[:2] == ["## Objective", ""]
+    return lines[2]
+
+
+def test_each_formula_is_the_one_that_is_minimised() -> None:
+    import torch
+
+    cases: list[dict[str, Any]] = [
+        {"name": "mle"},
+        {"name": "convex", "k": 2.0},
+        {"name": "convex", "k": 2.0, "mle_mix": 0.1},
+        {"name": "power", "k": 0.5, "mle_mix": 0.25},
+        {"name": "dft"},
+    ]
+    for case in cases:
+        objective = get_objective(**case)
+        written = said(**case).split("`")[3]
+        code = written.replace("^", "**").replace(" (", " * (").replace("/ * (", "/ (").replace("k m", "k * m")
+        code = code.replace("- * (", "- (").replace("+ * (", "+ (")
+        for m in (-0.2, -1.7):
+            found = eval(
+                code, {"exp": lambda x: torch.tensor(x).exp().item(), "m": m, "k": getattr(objective, "k", 0)}
+            )
+            assert found == pytest.approx(float(objective.mixed_value(torch.tensor(m))), rel=1e-5), written
+
+
+def test_what_m_is_and_how_answers_count() -> None:
+    assert "m is the mean log-probability of an answer's tokens" in said(name="convex")
+    assert "An answer counts by its number of tokens." in said(name="convex")
+    assert "All answers count the same." in said(name="convex", length_weighting="sequence")
+    token = said(name="convex", k=2.0, level="token")
+    assert "m is each target token's log-probability" in token and "mean log-probability" not in token
+    assert "All target tokens count the same." in token and "DFT" not in token
+    assert "by the mean over its tokens" in said(name="convex", level="token", length_weighting="sequence")
+    for dft in (said(name="dft"), " ".join(objective_lines(objective_of({"objective": "dft"}), {}))):
+        assert "each target token's" in dft and "mean log-probability" not in dft and "k = 1" in dft
+    assert "DFT" in said(name="dft")
+    assert "parabola" in said(name="power") and "parabola" not in said(name="convex")
+
+
+def test_what_training_did_to_the_objective() -> None:
+    assert "e = 0.1" in said({"label_smoothing_factor": 0.1}, name="mle")
+    assert "NEFTune, alpha = 5" in said({"neftune_noise_alpha": 5}, name="mle")
+    assert "first 10 % of the training steps" in said({"k_warmup": 0.1}, name="power")
+    assert "training steps" not in said({"k_warmup": 0.1}, name="mle")
+    plain = said({"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "k_warmup": 0}, name="convex")
+    assert not any(word in plain for word in ("smoothed", "NEFTune", "training steps"))
+    assert objective_lines({}, {}) == [] and objective_of({"k": 2}) == {}
+
+
+def card(tmp_path: Path, arm: str, *, marker: dict[str, Any] | None = None, **recipe: Any) -> str:
+    run = tmp_path / "run"
+    checkpoint = run / "train" / arm / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"name": "run", "seeds": [1], **recipe}))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "convexlm.json").write_text(json.dumps(marker or {}))
+    write_card(
+        out,
+        checkpoint=checkpoint,
+        run_dir=None,
+        kind="plain",
+        parameters=1000,
+        dtype="float32",
+        base_model=None,
+        license_name=None,
+        name="out",
+    )
+    return " ".join((out / "README.md").read_text().split("---\n", 2)[2].split())
+
+
+ARMS = {
+    "mle": {"objective": "mle", "max_steps": 600, "label_smoothing_factor": 0.1, "dataset": "some/corpus"},
+    "dft": {"objective": "dft", "init_from": "mle"},
+    "convex": {"objective": "convex", "k": 2.0, "init_from": "dft", "max_steps": 4},
+}
+
+
+def test_what_was_trained_before_is_told(tmp_path: Path) -> None:
+    train = {"learning_rate": 1e-5, "neftune_noise_alpha": 5}
+    model = {"model_name_or_path": "some/base"}
+    text = card(tmp_path, "convex", arms=ARMS, train=train, model=model, data={"dataset": "other/corpus"})
+    assert (
+        "fine-tuned of `some/base` first with the `mle` objective, then with the `dft` objective, then with the "
+        "`convex` objective by convexlm, at step 4 of the last training" in text
+    )
+    _, before = text.split("## Trained before")
+    first, second = before.split("- `dft`")
+    assert "- `mle`, with the `mle` objective: dataset = some/corpus" in first and "max_steps = 600" in first
+    assert "label_smoothing_factor = 0.1" in first and "label_smoothing_factor" not in second
+    assert "k = 1.0" in second and "dataset = other/corpus" in second
+    assert "NEFTune" in text.split("## Trained before")[0] and "| neftune_noise_alpha | 5 |" in text
+    assert "smoothed" not in text.split("## Trained before")[0]
+
+
+def test_a_first_training_has_nothing_before_it(tmp_path: Path) -> None:
+    model = {"config": {"model_type": "llama"}}
+    text = card(tmp_path, "mle", arms=ARMS, model=model, marker={"objective": get_objective("mle").to_dict()})
+    assert (
+        "A causal language model trained from random weights with the `mle` objective by convexlm, at step 4:" in text
+    )
+    assert "Trained before" not in text and "| label_smoothing_factor | 0.1 |" in text and "e = 0.1" in text
