@@ -119,6 +119,9 @@ def _lay_out(values: list[torch.Tensor], shape: torch.Size, flat: bool, filling:
 
 def _shift_to_the_right(batch: dict[str, Any], lengths: list[int]) -> None:
     """Move each row's padding from its end to its beginning, in place."""
+    batch["labels"][:, 0] = (
+        IGNORE_INDEX  # no token comes before a row's first to predict it; padding would, once moved
+    )
     for row, length in enumerate(lengths):
         shift = batch["input_ids"].shape[1] - length
         for key, value in batch.items():

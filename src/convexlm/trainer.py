@@ -27,8 +27,10 @@ from convexlm.foreign_states import ForeignStates
 from convexlm.fused_forward import HeadCall, add_fused_objective, logit_transform
 from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
+from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
-from convexlm.refusals import refuse_what_cannot_be_honoured
+from convexlm.record_separation import refuse_mixing
+from convexlm.refusals import refuse_prompt_learning, refuse_what_cannot_be_honoured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +82,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
                 "context, sequence and tensor parallelism are not supported: they split a sequence over devices, and "
                 "its mean log-probability is not reduced over them; use FSDP, DeepSpeed ZeRO or DDP"
             )
+        refuse_prompt_learning(self.model, flat=self.padding_free, left=args.padding_side == "left")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if kwargs.get("data_collator") is None:
             in_rows = self.padding_free and not args.padding_free and keeps_packed_rows(base.config)
@@ -90,6 +93,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_side=args.padding_side,
             )
+        if self.padding_free:
+            refuse_mixing(self, base)
         softcap = logit_transform(base.config.get_text_config())[1]
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
@@ -203,7 +208,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
         if not batches:
             return batches, None
         by_length = self.objective.length_weighting == "token"
-        count = torch.stack([_count(batch, by_length).to(device) for batch in batches]).sum()
+        count = torch.stack([count_targets(batch, by_length).to(device) for batch in batches]).sum()
         while len(batches) < num_batches:
             # Only a stream ends unforeseen. The Trainer steps at the last micro-batch it expects, so without these
             # (which count nothing) the gradient would be left over for the next epoch's first step.
@@ -379,20 +384,3 @@ class _SilentProgress(ProgressCallback):
 def _columns(dataset: Any) -> list[str]:
     """The columns of a dataset or stream, from its first record where a stream does not say."""
     return dataset.column_names or list(next(iter(dataset), {}))
-
-
-def _count(batch: dict[str, Tensor], by_length: bool) -> Tensor:
-    """Target tokens, or sequences with a target token, of a batch, each counted with its weight: 0-d."""
-    mask = batch["labels"][:, 1:] != IGNORE_INDEX
-    weights = batch.get(WEIGHT)
-    # float32 would lose count at 2^24 tokens.
-    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-    per_token = mask.to(dtype) if weights is None else weights[:, 1:].to(mask.device, dtype) * mask
-    if by_length:
-        return per_token.sum()
-    ids = batch.get("seq_idx")
-    if ids is None:
-        return per_token.amax(dim=1).sum() if per_token.shape[1] else per_token.sum()
-    ids = ids[:, 1:].to(mask.device).long()
-    per_sequence = per_token.new_zeros(mask.shape[0], mask.shape[1] + 1)  # a row of n tokens has no more sequences
-    return per_sequence.scatter_reduce(1, ids, per_token, "amax").sum()
