@@ -129,12 +129,57 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML ({error})") from None
 
 
+def dump_yaml(value: Any) -> str:
+    """A value as YAML that `parse_yaml` reads back the same: a text such as `1e-4` is quoted."""
+    import yaml
+
+    return str(yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
+
+
+def written_numbers(path: str | Path, section: str) -> dict[str, str]:
+    """The whole numbers in a section of a YAML file that is read without error, as they are written there."""
+    import yaml
+
+    from convexlm.files import read_text
+
+    root = yaml.compose(read_text(path), _loader())
+    found = [node for key, node in root.value if key.value == section and isinstance(node, yaml.MappingNode)]
+    return {key.value: node.value for own in found for key, node in own.value if node.tag == "tag:yaml.org,2002:int"}
+
+
+# PyYAML keeps to YAML 1.1, where a float needs a dot; a learning rate of 1e-5 would be a text.
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
 @functools.cache
 def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """PyYAML's, which would take the last of two equal keys and follow an alias into itself."""
+
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self.unfinished: list[str | None] = []
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent) and (event := self.peek_event()).anchor in self.unfinished:
+                raise yaml.composer.ComposerError(
+                    problem=f"the alias *{event.anchor} stands within what it names", problem_mark=event.start_mark
+                )
+            return super().compose_node(parent, index)
+
+        def compose_sequence_node(self, anchor: str | None) -> Any:
+            self.unfinished.append(anchor)
+            node = super().compose_sequence_node(anchor)
+            self.unfinished.pop()
+            return node
+
+        def compose_mapping_node(self, anchor: str | None) -> Any:
+            self.unfinished.append(anchor)
+            node = super().compose_mapping_node(anchor)
+            self.unfinished.pop()
+            # Now, for later there are those among the keys that `<<` merges, which may be given anew.
             seen = set()
             for key, _ in node.value:
                 if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
@@ -142,10 +187,51 @@ def _loader() -> Any:
                         problem=f"the key `{key.value}` is given twice", problem_mark=key.start_mark
                     )
                 seen.add(key.value if isinstance(key.value, str) else "")
-            return super().construct_mapping(node, deep)
+            return node
 
-    # PyYAML keeps to YAML 1.1, where a float needs a dot; a learning rate of 1e-5 would be a text.
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+        def flatten_mapping(self, node: Any) -> None:
+            # PyYAML 6.0.4 takes two keys for one by the identity of their texts, and of `k: 1` merged into what says
+            # `k: 2` keeps the 1 where that is merged again.
+            own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+            if len(own) == len(node.value):
+                return super().flatten_mapping(node)
+            found = {_key_of(pair) for pair in own}
+            merged = []
+            for source in [one for key, value in node.value if (key, value) not in own for one in _sources(value)]:
+                self.flatten_mapping(source)
+                merged += [pair for pair in source.value if _key_of(pair) not in found]
+                found |= {_key_of(pair) for pair in source.value}
+            node.value = [*merged, *own]
+            return super().flatten_mapping(node)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
     return Loader
+
+
+def _key_of(pair: tuple[Any, Any]) -> tuple[str, Any]:
+    key = pair[0]
+    return key.tag, key.value if isinstance(key.value, str) else id(key)
+
+
+def _sources(value: Any) -> list[Any]:
+    """The mappings that a `<<` names."""
+    import yaml
+
+    found = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    for one in found:
+        if not isinstance(one, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(
+                problem="`<<` merges a mapping or a list of them", problem_mark=one.start_mark
+            )
+    return list(found)
+
+
+@functools.cache
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+    return Dumper

@@ -35,6 +35,7 @@ from convexlm.launch.settings import LaunchSettings, launch_settings
 from convexlm.options import did_you_mean
 from convexlm.plugins import load_plugins
 from convexlm.recipe_text import override, substitute, variables, with_parents
+from convexlm.recipe_types import as_mapping, check_types
 from convexlm.redaction import find_secret
 from convexlm.selection import check_selection
 from convexlm.templates import get_template, split_pair
@@ -111,16 +112,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file.
-        overrides: `dotted.key=value` words, the value in YAML: `train.max_steps=10`, `vars.data_dir=/data`.
+        overrides: `dotted.key=value` words, the value in YAML: `train.max_steps=10`; a variable's is taken as it
+            stands: `vars.data_dir=/data`.
 
     Raises:
         UserError: no such file, not YAML, an unknown or missing key, or a value that cannot be meant.
     """
     path = Path(path)
     raw = with_parents(path, ())
+    for key in ("versions", "plain_seed"):  # of a run folder's recipe, which may begin another run
+        raw.pop(key, None)
     for word in overrides:
         override(raw, word)
-    raw = substitute(raw, variables(raw, path), str(path))
+    found = variables(raw, path)
+    raw = substitute({**raw, "vars": found} if found else raw, found, str(path))
     return check_recipe(raw, path)
 
 
@@ -153,6 +158,8 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         raise wrong("`data.dataset` is missing: a file, a hub name, or {kind: tinyworld, ...}")
     if not raw["model"].get("model_name_or_path") and not raw["model"].get("config"):
         raise wrong("`model` needs `model_name_or_path` (a checkpoint) or `config` (for a new model)")
+    for section in ("model", "data"):
+        check_types(raw[section], f"{section}.", wrong)
     if not isinstance(raw.setdefault("train", {}), dict):
         raise wrong("`train` must be a mapping of training options")
     arms = _check_arms(raw, wrong)
@@ -160,11 +167,13 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     seen: set[tuple[str, str]] = set()
     test_sets = _check_test_sets(raw.get("test_sets"), wrong, seen)
     validation_sets = _check_test_sets(raw["validation_sets"], wrong, seen) if raw.get("validation_sets") else ()
+    seeds = _check_seeds(raw.get("seeds", [42]), wrong)
+    raw["seeds"] = list(seeds)
     recipe = Recipe(
         name=name,
         resolved=raw,
         arms=arms,
-        seeds=_check_seeds(raw.setdefault("seeds", [42]), wrong),
+        seeds=seeds,
         model=raw["model"],
         data=raw["data"],
         test_sets=test_sets,
@@ -200,6 +209,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
     for key in raw["train"]:
         if key not in known:
             raise wrong(f"unknown option `train.{key}`{did_you_mean(key, known)}")
+    check_types(raw["train"], "train.", wrong)
     made: list[Arm] = []
     for name, entry in arms.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -210,6 +220,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
         for key in entry:
             if key not in known | ARM_KEYS:
                 raise wrong(f"arm `{name}`: unknown option `{key}`{did_you_mean(key, known | ARM_KEYS)}")
+        check_types(entry, f"arm `{name}`: ", wrong)
         start = entry.get("init_from")
         if start is not None and start not in [arm.name for arm in made]:
             raise wrong(f"arm `{name}`: `init_from: {start}` names no arm that comes before it")
@@ -217,7 +228,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
         if "objective" not in options:
             raise wrong(f"arm `{name}`: `objective` is missing; give mle, convex, power, ...")
         _check_objective(options, name, wrong)
-        made.append(Arm(name, options, start, bool(entry.get("decode", True)), entry.get("dataset")))
+        made.append(Arm(name, options, start, entry.get("decode", True), entry.get("dataset")))
     return tuple(made)
 
 
@@ -241,7 +252,7 @@ def _check_objective(options: dict[str, Any], arm: str, wrong: Any) -> None:
     settings = {
         key: options[key] for key in ("k", "level", "length_weighting", "mle_mix") if options.get(key) is not None
     }
-    settings.update(options.get("objective_kwargs") or {})
+    settings.update(as_mapping(options.get("objective_kwargs")) or {})
     try:
         get_objective(options.get("objective", "convex"), **settings)
     except (ValueError, TypeError) as error:

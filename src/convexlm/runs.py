@@ -22,11 +22,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from convexlm.errors import UserError
 from convexlm.files import json_sha256, write_atomic
-from convexlm.options import load_yaml
+from convexlm.options import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,8 +111,7 @@ class RunFolder:
             kept["versions"] = before.get("versions") or kept["versions"]
             if (plain := _plain_seed(before)) is not None:
                 kept["plain_seed"] = plain
-        text = yaml.safe_dump({**recipe.resolved, **kept}, sort_keys=False, allow_unicode=True)
-        write_atomic(self.recipe, text)
+        write_atomic(self.recipe, dump_yaml({**recipe.resolved, **kept}))
 
     def continued(self, recipe: Recipe) -> Recipe:
         """The recipe with the names that this folder's runs have had from its beginning."""
@@ -198,12 +195,15 @@ def identity_sha256(recipe: Recipe) -> str:
 
 
 def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    found = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    if isinstance(seed := found.get("seeds"), int):  # as recipes of one seed were kept before
+        found["seeds"] = [seed]
+    return found
 
 
 def _plain_seed(resolved: dict[str, Any]) -> int | None:
     """The seed whose runs are called by their arms alone, of a recipe in a run folder."""
-    seeds = resolved.get("seeds") or []
+    seeds = _identity(resolved).get("seeds") or []
     return resolved.get("plain_seed", seeds[0] if len(seeds) == 1 else None)
 
 
