@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -84,6 +85,30 @@ def test_there_and_back(made: Run, tmp_path: Path, capsys: pytest.CaptureFixture
     made.evaluate()
     left = [(r["arm"], r["search"]) for r in read_jsonl(made.folder.scores) if r["metric"] == "comet"]
     assert left == [("good", "beam2"), ("mle", "greedy"), ("mle", "beam2")]
+
+
+def test_an_export_writes_over_nothing_but_an_export(
+    made: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not over what it reads, and not over a file of another's that happens to have one of the four names."""
+    hypotheses, sources = tmp_path / "a.jsonl", tmp_path / "news.src"
+    shutil.copy(made.folder.decode(made.runs[0], "checkpoint-12", "t", "en-de", "greedy"), hypotheses)
+    sources.write_text("".join(f"{row['source']}\n" for row in read_jsonl(hypotheses)), encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    words = ["score", "--hypotheses", str(hypotheses), "--references", str(tmp_path / "ref.txt")]
+    words += ["--target_lang", "de", "--export_comet"]
+    news = str(tmp_path / "news.jsonl")
+    refused = (
+        ([str(hypotheses)], "which is read here"),
+        ([news, "--sources", str(sources)], "which is read here"),
+        ([news], "is no earlier export"),
+    )
+    for more, said in refused:
+        assert cli.main([*words, *more]) == 2
+        assert said in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    for _ in range(2):
+        assert cli.main([*words, str(tmp_path / "b.jsonl")]) == 0
 
 
 @pytest.mark.parametrize(

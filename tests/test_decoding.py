@@ -63,6 +63,8 @@ def test_a_search_has_a_name_and_settings():
         {"min_new_tokens": 300},
         {"no_repeat_ngram_size": -1},
         {"length_penalty": float("nan")},
+        {"length_penalty": 1000.0},  # what it is a power of leaves the range of a float
+        {"length_penalty": -40.0, "max_new_tokens": 20},
         {"length_penalty": "1"},
         {"early_stopping": "always"},
         {"label": "../x"},
@@ -281,6 +283,9 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     refused(adapter, "adapter without weights")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "x"}')
+    refused(adapter, r"PREFIX_TUNING \(virtual tokens\)")
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(checkpoint: Path, tmp_path: Path):

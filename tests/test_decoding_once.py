@@ -192,6 +192,12 @@ def test_files_that_are_not_ours_are_left_alone(echo: EchoBackend, tmp_path: Pat
         run_echo(tmp_path)
     assert out.read_text() == "my notes\n"
     out.unlink()
+    meta = tmp_path / "out.meta.json"
+    meta.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="is not the meta record of a decode file"):
+        run_echo(tmp_path)
+    assert meta.read_text() == '{"mine": 1}' and not part.exists()
+    meta.unlink()
     for text, message in (
         ("my notes\n", "line 1: damaged"),
         ('{"a": 1}\n', "no header"),

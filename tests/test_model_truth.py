@@ -78,3 +78,6 @@ def test_measures_are_those_of_the_distributions_and_are_kept(checkpoint, test_s
     assert truth_of_checkpoint(checkpoint, test_set, cache)["valid_mass"] == 0.5  # not measured again
     cache.write_text(json.dumps({**kept, "checkpoint_sha256": "other", "valid_mass": 0.5}), encoding="utf-8")
     assert truth_of_checkpoint(checkpoint, test_set, cache) == result
+    other = truth_of_checkpoint(checkpoint, test_set, cache, "Say it in [TGT]:")  # as decoding was told to ask
+    assert other["cross_entropy"] != result["cross_entropy"]
+    assert truth_of_checkpoint(checkpoint, test_set, cache) == result

@@ -90,6 +90,22 @@ def test_chinese_ter_counts_characters_and_says_so():
     assert "asian:no" in plain.signature
 
 
+def test_rouge_lsum_parts_both_sides_by_one_rule():
+    """A decoded answer is one line; a data set's summary has a sentence a line, and has none in a text file."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    lines = ["The cat sat down .", "It was on a mat!", "Nobody knew why."]
+    hypothesis = "Nobody knew why. The cat was on the mat."
+    split = RougeScorer(["rougeLsum"], use_stemmer=True).score(
+        "\n".join(lines), "Nobody knew why.\nThe cat was on the mat."
+    )
+    for reference in ("\n".join(lines), " ".join(lines)):
+        score = one("rougeLsum", [hypothesis], [[reference]], "en")
+        assert score.score == pytest.approx(100 * split["rougeLsum"].fmeasure, rel=1e-12)
+        assert "|sents:punctuation|" in score.signature
+    assert "|sents:whole|" in one("rouge1", [hypothesis], [["x"]], "en").signature
+
+
 @pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeLsum"])
 @pytest.mark.parametrize("target_lang", ["en", "de"])
 def test_rouge_is_the_mean_f1_of_rouge_score(metric, target_lang):
@@ -97,6 +113,7 @@ def test_rouge_is_the_mean_f1_of_rouge_score(metric, target_lang):
 
     references = [[*REFERENCE, "One thing.\nAnother thing."], [*HYPOTHESIS[::-1], "Nothing"]]
     hypotheses = [*HYPOTHESIS, "Another thing.\nOne thing happened."]
+    # Every sentence but these ends with its segment, so only these are parted.
     scorer = RougeScorer([metric], use_stemmer=target_lang == "en")
     best = [
         max(scorer.score(reference, hypothesis)[metric].fmeasure for reference in both)

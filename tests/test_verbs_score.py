@@ -91,6 +91,7 @@ def test_score_prints_a_table(files, capsys):
         ([*SCORE, "good", "--target_lang", ""], "target language ''"),
         ([*SCORE, "good", "--metrics", "blue"], "unknown metric `blue`"),
         ([*SCORE, "good", "--tokenize", "x"], "unknown tokenizer `x`"),
+        ([*SCORE, "good", "--tokenize", "13a", "--metrics", "chrf"], "--tokenize 13a is for BLEU"),
         ([*SCORE, "good", "--confidence", "--n_samples", "1"], "--n_samples"),
         ([*SCORE, "good", "--confidence", "--seed", "-1"], "seed"),
         (["score", "--hypotheses", "good", "--target_lang", "de"], "--references"),

@@ -28,17 +28,30 @@ STREAMS = {"src": "src", "mt": "mt", "ref": "ref"}  # what comet-score calls the
 
 
 def export_comet(
-    path: str | Path, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]
+    path: str | Path,
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    inputs: Sequence[str | Path] = (),
 ) -> dict[str, str]:
     """Write `path` (JSON Lines of `src`, `mt`, `ref`) and, beside it, the three text files that comet-score reads.
 
-    A line end or another sign that Python takes for one becomes a blank, for comet-score reads a line a segment.
+    A line end or another sign that Python takes for one becomes a blank, for comet-score reads a line a segment. Files
+    of an earlier export to the same path are replaced.
+
+    Args:
+        path: where to; ends in `.jsonl`.
+        sources: one a segment.
+        hypotheses: one a segment.
+        references: one a segment.
+        inputs: the files that these came from.
 
     Returns:
         The files by what they hold, and `command`, which scores them.
 
     Raises:
-        UserError: streams of different length, or a name that does not end in `.jsonl`.
+        UserError: streams of different length, a name that does not end in `.jsonl`, or a file that would be written
+            over and is an input or no earlier export.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
@@ -49,12 +62,35 @@ def export_comet(
         for key, texts in (("src", sources), ("mt", hypotheses), ("ref", references))
     }
     files = {key: str(path.with_suffix(f".{end}")) for key, end in STREAMS.items()}
+    _refuse_to_write_over(path, [path, *map(Path, files.values())], [Path(one) for one in inputs])
     for key, texts in streams.items():
         write_atomic(files[key], "".join(f"{text}\n" for text in texts))
     write_jsonl(path, [dict(zip(streams, row, strict=True)) for row in zip(*streams.values(), strict=True)])
     scored = path.with_suffix(".comet.json")
     command = f"comet-score -s {files['src']} -t {files['mt']} -r {files['ref']} --to_json {scored}"
     return {"jsonl": str(path), **files, "command": command}
+
+
+def _refuse_to_write_over(path: Path, targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+    there = [target for target in targets if target.exists()]
+    for target in there:
+        if any(one.exists() and target.samefile(one) for one in inputs):
+            raise UserError(f"--export_comet {path}: would write over {target}, which is read here; give another name")
+    # The JSON Lines come last, so where they are there, so are the other three.
+    earlier = path.exists() and _is_export(path)
+    if there and not earlier:
+        raise UserError(
+            f"--export_comet {path}: {there[0]} is there, and is no earlier export; nothing was written: give another "
+            "name or remove it"
+        )
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            return set(json.loads(stream.readline())) == set(STREAMS)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_comet(path: str | Path) -> list[list[dict[str, Any]]]:

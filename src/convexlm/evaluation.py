@@ -17,7 +17,7 @@ from convexlm.randomization import randomization_p
 from convexlm.reference_nll import reference_nll
 from convexlm.scoring import Scorer, read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
-from convexlm.sweep import candidate_checkpoints, chosen_checkpoints
+from convexlm.sweep import candidate_checkpoints, chosen_checkpoints, read_instruction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +97,7 @@ def evaluate(
     write_jsonl(folder.scores, [*rows, *imported_rows(folder.scores, rows)])
     nll = reference_nll(recipe, folder, test_sets)
     comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen, nll)}
-    if whole := _whole_distributions(folder, decoded, chosen):
+    if whole := _whole_distributions(folder, decoded, chosen, read_instruction(recipe)):
         comparison["distributions"] = whole
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
     return comparison
@@ -173,7 +173,7 @@ def _truth(entry: Decoded) -> dict[str, list[float]]:
 
 
 def _whole_distributions(
-    folder: RunFolder, decoded: Sequence[Decoded], chosen: dict[str, str]
+    folder: RunFolder, decoded: Sequence[Decoded], chosen: dict[str, str], instruction: str | None
 ) -> list[dict[str, Any]]:
     """On tinyworld, each compared checkpoint's whole distribution against the true one, kept beside decode files."""
     from convexlm.tinyworld.model_truth import truth_of_checkpoint
@@ -187,7 +187,7 @@ def _whole_distributions(
         checkpoint = folder.train(entry.run) / entry.checkpoint
         cache = entry.path.parent / f"{entry.test_set.name}.{entry.test_set.pair}.truth.json"
         about = {"arm": entry.run.arm, "seed": entry.run.seed, "test_set": key[1], "pair": key[2]}
-        rows[key] = about | truth_of_checkpoint(checkpoint, entry.test_set, cache)
+        rows[key] = about | truth_of_checkpoint(checkpoint, entry.test_set, cache, instruction)
     return list(rows.values())
 
 

@@ -89,10 +89,8 @@ def _at_hand(name: str) -> Path:
 def _measured(recipe: Recipe, folder: RunFolder, base: Path, test_sets: Sequence[TestSet]) -> list[list[float | None]]:
     """The values of every test set; loads the model only if some are not in the run folder."""
     from convexlm.decoding.checkpoint import check_checkpoint, checkpoint_sha256, choose_device, choose_dtype
-    from convexlm.diagnosis.measure import refuse_virtual_tokens
 
     check_checkpoint(base)
-    refuse_virtual_tokens(base)
     device = choose_device(recipe.decode.get("device"))
     dtype = choose_dtype(base, device, recipe.decode.get("dtype"))
     digest = checkpoint_sha256(base)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+_SENTENCE_END, _LINE_ENDS = re.compile(r"(?<=[.!?])\s+"), re.compile(r"[\r\n]+")
+
+
 class RougeSignature(Signature):
     """How a ROUGE score was made: number of references, stemmer, sentence split, package and its version."""
 
@@ -28,7 +31,7 @@ class RougeSignature(Signature):
                 "case": "lc",
                 "tok": "a-z0-9",
                 "stem": args["stemmer"],
-                "sents": "newline",
+                "sents": args["sentences"],
                 "agg": "mean-f1",
                 "impl": "rouge-score",
                 "version": version("rouge-score"),
@@ -37,11 +40,14 @@ class RougeSignature(Signature):
 
 
 class Rouge(Metric):
-    r"""ROUGE-1, ROUGE-2 or ROUGE-Lsum by rouge-score.
+    """ROUGE-1, ROUGE-2 or ROUGE-Lsum by rouge-score.
+
+    ROUGE-Lsum compares sentences. Decoded answers are one line, and so are references in a text file, where a data
+    set has a sentence a line; so both are parted by the same rule, after `.`, `!` or `?` before a blank, and line ends
+    count as blanks. rouge-score itself goes by line ends, by which a one-line answer is a single sentence.
 
     Args:
-        kind: `rouge1`, `rouge2` or `rougeLsum`. ROUGE-Lsum takes `\n` as the end of a sentence, so on one-line
-            segments it is ROUGE-L.
+        kind: `rouge1`, `rouge2` or `rougeLsum`.
         stemmer: apply the English Porter stemmer.
         references: reference streams, kept for all systems that are scored against them.
 
@@ -59,10 +65,11 @@ class Rouge(Metric):
         self.stemmer = stemmer
         _check_script(references)
         self._scorer = RougeScorer([kind], use_stemmer=stemmer)
+        self.sentences = "punctuation" if kind == "rougeLsum" else "whole"
         self._ref_cache = self._cache_references(references)
 
     def _preprocess_segment(self, sent: str) -> str:
-        return sent
+        return "\n".join(_SENTENCE_END.split(_LINE_ENDS.sub(" ", sent))) if self.kind == "rougeLsum" else sent
 
     def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
         return {"references": list(refs)}

@@ -190,6 +190,10 @@ class Scorer:
         check_lengths({f"reference {number}": stream for number, stream in enumerate(references, start=1)})
         if repeated := {name for name in metrics if list(metrics).count(name) > 1}:
             raise UserError(f"metric `{min(repeated)}` is given twice")
+        if tokenize is not None and "bleu" not in metrics:
+            raise UserError(
+                f"--tokenize {tokenize} is for BLEU, which is not among the metrics ({', '.join(metrics)})"
+            )
         self.target_lang = target_lang
         self.references = [list(stream) for stream in references]
         self.references_sha256 = [text_sha256(stream) for stream in references]

@@ -7,8 +7,8 @@ Three tests, all paired (every system is seen on the same sentences):
 - `mean_difference_test`: the same for any measure that every sentence has, such as 0/1.
 
 All give two p-values, `p_value` in sacreBLEU's convention and `p_two_sided`, which is stricter: `resampling` says how
-they differ. Decide on the second, and on the interval, which agrees with it. Where approximate randomization is asked for,
-both are its own, and the interval, still a bootstrap's, holds back its leniency: as sacreBLEU counts, one better
+they differ. Decide on the second, and on the interval, which agrees with it. Where approximate randomization is asked
+for, both are its own, and the interval, still a bootstrap's, holds back its leniency: as sacreBLEU counts, one better
 sentence in a corpus is enough for it.
 
 A test over sentences says nothing of what another training seed would have given: show the spread over seeds, too.

@@ -15,6 +15,7 @@ _PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json"),
     *("tokenizer*", "*.model", "vocab.*", "merges.txt", "chat_template*", "*.py"),
 )
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _NAMES = ("convexlm.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -56,7 +57,8 @@ def check_checkpoint(folder: Path) -> None:
     """Refuse a folder that holds no model, before anything heavy starts.
 
     Raises:
-        UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded).
+        UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded), or an
+            adapter that works by virtual tokens.
     """
     if not folder.exists():
         raise UserError(f"{folder}: no such checkpoint folder")
@@ -65,6 +67,12 @@ def check_checkpoint(folder: Path) -> None:
     if is_adapter(folder):
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors)")
+        kind = str(_read_json(folder / "adapter_config.json").get("peft_type")).upper()
+        if kind in _VIRTUAL_TOKENS:
+            raise UserError(
+                f"{folder}: adapters of the kind {kind} (virtual tokens) cannot be used here, where the base model's "
+                "weights alone would answer"
+            )
         return
     if not (folder / "config.json").is_file():
         inner = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())

@@ -48,6 +48,9 @@ class DecodeJob:
         settings: how prompts are made; as in the checkpoint's training.
         instruction: the prompt's instruction, in which `[SRC]` and `[TGT]` stand for the pair's languages; None for
             the translation instruction.
+
+    Raises:
+        UserError: the output file's name does not end in `.jsonl`.
     """
 
     test_set: Sentences
@@ -55,6 +58,11 @@ class DecodeJob:
     output_file: Path
     settings: PromptSettings
     instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.output_file.suffix != ".jsonl":
+            # By the name it is read again, and its meta record's name follows from it.
+            raise UserError(f"{self.output_file}: give the output file a name that ends in .jsonl")
 
     @property
     def name(self) -> str:

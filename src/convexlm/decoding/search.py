@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_MOST_LOG = 80.0  # float32 ends at exp(88), and a sum of log-probabilities is multiplied by it, or divided
 _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 """Options of sampling alone, with their defaults."""
 
@@ -79,6 +80,11 @@ class Search:
             )
         if not _is_finite(self.length_penalty):
             raise UserError(f"length_penalty must be a finite number, not {self.length_penalty!r}")
+        if abs(self.length_penalty) * math.log(max(self.max_new_tokens, 2)) > _MOST_LOG:
+            raise UserError(
+                f"length_penalty {self.length_penalty!r} is too large: {self.max_new_tokens} tokens to that power are "
+                "no float32 number"
+            )
         # YAML gives `1`, the command line `1.0`: the same search, so the same settings and hash.
         object.__setattr__(self, "length_penalty", float(self.length_penalty))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":

@@ -64,6 +64,7 @@ class DecodeStore:
         if self.output_file.is_dir():
             raise UserError(f"{self.output_file}: is a folder, expected a file to write")
         if not self.output_file.exists():
+            self._refuse_foreign_meta()
             return None
         if not self.meta_file.exists():
             if self.part_file.exists():  # stopped between the two; the part file says whose it is
@@ -235,6 +236,20 @@ class DecodeStore:
         if not isinstance(record, dict):
             raise UserError(f"{self.part_file}, line {number}: damaged; remove the file to start again")
         return record
+
+    def _refuse_foreign_meta(self) -> None:
+        """Refuse a file in the meta record's place that is none; one whose output was removed is made anew."""
+        if not self.meta_file.exists():
+            return
+        try:
+            ours = "hypotheses_sha256" in json.loads(self.meta_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{self.meta_file}: is not the meta record of a decode file, and {self.output_file.name} would have "
+                "its own there; nothing was overwritten: give another output file or move this one"
+            )
 
     def _refuse_other(self, path: Path, identity: dict[str, Any]) -> None:
         names = [key for key in {**self.identity, **identity} if self.identity.get(key) != identity.get(key)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,10 @@ from convexlm.objectives import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
 TOKENS_A_BATCH = {"cpu": 4096, "cuda": 32768}
-_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,23 +56,6 @@ class Measurement:
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it by name, to be stored."""
         return {name: getattr(self, name) for name in ("lengths", "log_probs", "logit_norms", "ends")}
-
-
-def refuse_virtual_tokens(checkpoint: Path) -> None:
-    """Refuse an adapter that works by virtual tokens: its base model's weights alone would be measured.
-
-    Raises:
-        UserError: it is one.
-    """
-    config = checkpoint / "adapter_config.json"
-    if not config.is_file() or (checkpoint / "config.json").is_file():
-        return
-    try:
-        kind = str(json.loads(config.read_text(encoding="utf-8")).get("peft_type")).upper()
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{config}: cannot be read ({error})") from None
-    if kind in _VIRTUAL_TOKENS:
-        raise UserError(f"{checkpoint}: adapters of the kind {kind} (virtual tokens) cannot be diagnosed")
 
 
 def measure(

@@ -10,7 +10,7 @@ import numpy as np
 from convexlm.diagnosis.advice import advise, as_dicts
 from convexlm.diagnosis.analyse import Sample, analyse, compare
 from convexlm.diagnosis.cache import cache_path, load, store
-from convexlm.diagnosis.measure import Measurement, measure, refuse_virtual_tokens
+from convexlm.diagnosis.measure import Measurement, measure
 from convexlm.diagnosis.sample import RecordSample, sample_records
 from convexlm.errors import UserError
 
@@ -70,8 +70,6 @@ def diagnose(
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
     checkpoints = [checkpoint] if compare_with is None else [checkpoint, compare_with]
-    for folder in checkpoints:
-        refuse_virtual_tokens(folder)
     device = choose_device(options.device)
     settings = _prompt_settings(checkpoints, options.template, note)
     sample = sample_records(

@@ -21,14 +21,19 @@ SENTENCES = 50  # of a test set: with some 60 translations each, three thousand 
 
 
 def truth_of_checkpoint(
-    checkpoint: str | Path, test_set: TestSet, cache_file: str | Path | None = None
+    checkpoint: str | Path,
+    test_set: TestSet,
+    cache_file: str | Path | None = None,
+    instruction: str | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on the first 50 sources of a tinyworld test set.
 
     Args:
         checkpoint: a model folder with `convexlm.json`.
         test_set: of kind `tinyworld`.
-        cache_file: where the result is kept; an existing one of the same checkpoint and sources is returned.
+        cache_file: where the result is kept; an existing one of the same checkpoint, sources and instruction is
+            returned.
+        instruction: as of `DecodeJob`.
 
     Returns:
         `valid_mass`, `mode_mass`, `cross_entropy`, `truth_entropy`, `kl_divergence`, `model_entropy` (nats), and
@@ -40,12 +45,13 @@ def truth_of_checkpoint(
 
     sources = list(test_set.sources[:SENTENCES])
     identity = {"checkpoint_sha256": checkpoint_sha256(Path(checkpoint)), "sources_sha256": text_sha256(sources)}
+    identity |= {} if instruction is None else {"instruction_sha256": text_sha256([instruction])}
     if cache_file is not None and Path(cache_file).exists():
         known = json.loads(Path(cache_file).read_text(encoding="utf-8"))
-        if all(known.get(key) == value for key, value in identity.items()):
+        if all(known.get(key) == identity.get(key) for key in (*identity, "instruction_sha256")):
             return known
     truth = [translations(source, test_set.pair) for source in sources]
-    model = model_log_probs(checkpoint, sources, [list(one) for one in truth], test_set.pair)
+    model = model_log_probs(checkpoint, sources, [list(one) for one in truth], test_set.pair, instruction)
     measures = distribution_measures(truth, model)
     del measures["sentences"]
     result = {**identity, **measures}
@@ -55,7 +61,11 @@ def truth_of_checkpoint(
 
 
 def model_log_probs(
-    checkpoint: str | Path, sources: Sequence[str], candidates: Sequence[Sequence[str]], pair: str
+    checkpoint: str | Path,
+    sources: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    pair: str,
+    instruction: str | None = None,
 ) -> list[dict[str, float]]:
     """Log-probability (nats, summed over tokens and EOS) that a checkpoint gives to candidate answers of each source.
 
@@ -73,7 +83,8 @@ def model_log_probs(
     tokenizer = load_tokenizer(str(checkpoint))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(Path(checkpoint), device, torch.float32)
-    template, instruction = get_template(settings.template), fill_instruction(TRANSLATION_INSTRUCTION, pair)
+    template = get_template(settings.template)
+    instruction = fill_instruction(TRANSLATION_INSTRUCTION if instruction is None else instruction, pair)
     prompts = [template.fill({"instruction": instruction, "input": source.strip()}) for source in sources]
     prompt_ids = encode_prompts(tokenizer, prompts, settings)
     places = [(number, text) for number, texts in enumerate(candidates) for text in texts]

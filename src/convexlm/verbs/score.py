@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from convexlm.comet import export_comet
 
         sources = _read_sources(args)
-        exported = {"comet": export_comet(args.export_comet, sources, hypotheses, references[0])}
+        inputs = [args.hypotheses, *args.references, *filter(None, [args.sources])]
+        exported = {"comet": export_comet(args.export_comet, sources, hypotheses, references[0], inputs)}
     elif args.sources:
         raise UserError("--sources is read for --export_comet only")
     return {

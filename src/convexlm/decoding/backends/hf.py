@@ -35,6 +35,8 @@ class HuggingFaceBackend(Backend):
     pad_id: int
     why_generate: str = ""
     """Why transformers' `generate` is used; empty where our loops are."""
+    one_length: bool = False
+    """Whether `generate` is given prompts of one length at a time, since padding would change what it finds."""
     prefix: Any = None
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
@@ -42,7 +44,7 @@ class HuggingFaceBackend(Backend):
         import torch
         from transformers import GenerationConfig
 
-        from convexlm.decoding.generation import why_not
+        from convexlm.decoding.generation import loops_differ, padding_shows, why_not
         from convexlm.decoding.loading import load_model, load_tokenizer
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -54,7 +56,9 @@ class HuggingFaceBackend(Backend):
         # `generate` fills what a config leaves unset from the model's, so the model's must say nothing.
         self.model.generation_config = GenerationConfig()
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.why_generate = why_not(self.model)
+        special = {self.pad_id, *self.eos_ids}
+        self.why_generate = why_not(self.model) or loops_differ(self.model, special)
+        self.one_length = bool(self.why_generate) and padding_shows(self.model, special, self.pad_id)
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
         """Compute the keys and values of the prompts' shared head."""
@@ -102,7 +106,7 @@ class HuggingFaceBackend(Backend):
 
         with torch.inference_mode():
             if self.why_generate:
-                return [*self._by_transformers(prompts, search)]
+                return self._in_groups(prompts, search)
             common = (self.eos_ids, self.pad_id, self.prefix, patience)
             if search.num_beams == 1 and not search.do_sample:
                 return greedy_search(self.model, prompts, search, *common)
@@ -117,6 +121,18 @@ class HuggingFaceBackend(Backend):
         super().close()
         self.prefix = None
         self.model = release_memory(self.model)[0]  # collects garbage too
+
+    def _in_groups(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis | None]:
+        """By `generate`, all at once or, where padding shows, the prompts of each length by themselves."""
+        groups: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(len(prompt) if self.one_length else 0, []).append(place)
+        found: list[Hypothesis | None] = [None] * len(prompts)
+        for places in groups.values():
+            hypotheses = self._by_transformers([prompts[place] for place in places], search)
+            for place, hypothesis in zip(places, hypotheses, strict=True):
+                found[place] = hypothesis
+        return found
 
     def _by_transformers(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
         """By `generate`, and log-probabilities from a separate scoring pass."""

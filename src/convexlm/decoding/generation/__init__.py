@@ -6,6 +6,16 @@ once, a prompt once and not once a beam, and a finished sentence leaves the batc
 
 from convexlm.decoding.generation.beam import beam_search
 from convexlm.decoding.generation.greedy import greedy_search, sample
+from convexlm.decoding.generation.probe import loops_differ, padding_shows
 from convexlm.decoding.generation.rows import Prefix, Rows, why_not
 
-__all__ = ["Prefix", "Rows", "beam_search", "greedy_search", "sample", "why_not"]
+__all__ = [
+    "Prefix",
+    "Rows",
+    "beam_search",
+    "greedy_search",
+    "loops_differ",
+    "padding_shows",
+    "sample",
+    "why_not",
+]

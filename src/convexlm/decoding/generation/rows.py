@@ -42,6 +42,10 @@ def why_not(model: Any) -> str:
     known = inspect.signature(model.forward).parameters
     if lacking := [name for name in _NEEDED if name not in known]:
         return f"its forward takes no {lacking[0]}"
+    if getattr(config, "alibi", False):
+        return "its attention goes by distance (ALiBi) and counts it from the mask"
+    if "local" in getattr(config, "attention_layers", ()):
+        return "its attention counts the places of its window itself"
     layers = DynamicCache(config=model.config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return "its layers keep more, or less, than the keys and values of all positions"
