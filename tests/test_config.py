@@ -29,6 +29,17 @@ def test_options_make_an_objective(settings, wanted):
 
 
 @pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("nll", False), ("eval_nll", False), ("eval_news_nll", False), ("entropy", False), ("loss", False),
+     ("token_accuracy", True), (None, None)],
+)  # fmt: skip
+def test_a_small_nll_is_the_better_one(metric, greater):
+    assert config(metric_for_best_model=metric).greater_is_better is greater
+    if metric:
+        assert config(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
+
+
+@pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"objective": "unknown"}, "unknown objective `unknown`; known: .*convex.*dft.*mle"),

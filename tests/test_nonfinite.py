@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from convexlm import ConvexConfig, cli
+from convexlm import ConvexConfig, ConvexTrainer, cli
 from convexlm.errors import Stopped
 from convexlm.metrics_file import MetricsFile, read_metrics
 from convexlm.nonfinite import NonFiniteGuard
@@ -275,3 +275,44 @@ def test_a_collapse_in_training(tmp_path, caplog):
 def test_a_threshold_is_a_share(tmp_path, bad):
     with pytest.raises(ValueError, match="min_effective_sample_size"):
         ConvexConfig(output_dir=str(tmp_path), min_effective_sample_size=bad)
+
+
+# -- what is summed up ------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_loss_of_a_run_is_over_the_steps_that_were_made(tmp_path):
+    settings = {**SETTINGS, "learning_rate": 0.0, "logging_steps": 4, "max_steps": 4, "per_device_train_batch_size": 2}
+    trainer = make(tmp_path, records(8, bad=[2, 5]), model=poisoned_model(), skip_nonfinite_steps=True, **settings)
+    output = trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["skipped_steps"] == 2
+    assert output.metrics["train_loss"] == pytest.approx(logs["loss"], rel=1e-6)
+    assert output.training_loss == output.metrics["train_loss"]
+    assert trainer.train().metrics["train_loss"] == pytest.approx(logs["loss"], rel=1e-6)
+
+
+class OutOfMemoryOnce(ConvexTrainer):
+    """Runs out of memory in its second micro-batch."""
+
+    calls = 0
+
+    def training_step(self, *args, **kwargs):
+        self.calls += 1
+        loss = super().training_step(*args, **kwargs)
+        if self.calls == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+def test_statistics_begin_again_with_a_smaller_batch(tmp_path):
+    settings = {**SETTINGS, "learning_rate": 0.0, "logging_steps": 4, "max_steps": 4}
+    again = make(tmp_path, records(8), cls=OutOfMemoryOnce, auto_find_batch_size=True, **settings,
+                 per_device_train_batch_size=8)  # fmt: skip
+    again.train()
+    size = again._train_batch_size
+    assert size < 8
+    once = make(tmp_path, records(8), per_device_train_batch_size=size, **settings)
+    once.train()
+    got, wanted = again.state.log_history[0], once.state.log_history[0]
+    for name in ("loss", "nll", "num_target_tokens", "num_tokens"):
+        assert got[name] == pytest.approx(wanted[name], rel=1e-6), name

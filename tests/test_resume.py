@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader, RandomSampler
 
 from convexlm import checkpoints, cli, durable
 from convexlm.checkpoints import (
@@ -24,6 +26,7 @@ from convexlm.checkpoints import (
     why_incomplete,
 )
 from convexlm.metrics_file import read_metrics
+from convexlm.sampling import EpochLengthGroupedSampler, set_epoch
 from trainer_helpers import assert_same_weights, make, trained
 from training_helpers import Run, environment, rows, tiny_model, train, words, write_model_files, write_records
 
@@ -290,6 +293,63 @@ def test_the_best_checkpoint_stays(files, tmp_path):
     best = max(evaluated, key=lambda step: evaluated[step])
     names = {path.name for path in complete_checkpoints(tmp_path / "run")}
     assert names == {f"checkpoint-{best}", "checkpoint-8"} or (best == 8 and len(names) == 2)
+
+
+def test_the_best_checkpoint_by_nll_has_the_smallest_and_is_what_to_decode(files, tmp_path, capfd):
+    options = given(files, eval_dataset=files / "eval.jsonl", eval_strategy="steps", eval_steps=2, save_steps=2,
+                    load_best_model_at_end=True, metric_for_best_model="nll", max_steps=8,
+                    learning_rate=0.5)  # fmt: skip
+    assert train(tmp_path / "run", "--json", **options) == 0
+    evaluated = {line["step"]: line["eval_nll"] for line in read_metrics(tmp_path / "run") if "eval_nll" in line}
+    best = str(tmp_path / "run" / f"checkpoint-{min(evaluated, key=lambda step: evaluated[step])}")
+    assert json.loads(capfd.readouterr().out)["best_checkpoint"] == best
+    assert not best.endswith("-8")
+    assert train(tmp_path / "run", "--resume", **options) == 0
+    assert f"--model_name_or_path {best} " in capfd.readouterr().out.replace("\n", " ")
+
+
+# -- the order of the data
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "data_seed": 5}], ids=str)
+def test_grouping_by_length_goes_on_in_the_same_order(files, tmp_path, settings):
+    """The second of three epochs is interrupted in its middle; 25 records make 7 batches an epoch."""
+    options = given(files, train_sampling_strategy="group_by_length", logging_steps=1, save_steps=1, **settings)
+    steps = 18 // settings.get("gradient_accumulation_steps", 1)
+    assert train(tmp_path / "whole", **{**options, "max_steps": steps}) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for step in range(steps * 5 // 9 + 1, steps + 1):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    assert train(tmp_path / "run", "--resume", **{**options, "max_steps": steps}) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole", steps)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_process_that_skips_batches_has_the_order_of_its_epoch(grouped):
+    """Of two processes, the first goes on within the second epoch."""
+
+    def loader():
+        sampler = EpochLengthGroupedSampler(4, [n % 5 for n in range(40)], 1) if grouped else RandomSampler(range(40))
+        plain = DataLoader(range(40), batch_size=2, sampler=sampler)
+        return prepare_data_loader(plain, num_processes=2, process_index=0, use_seedable_sampler=True, data_seed=1,
+                                   put_on_device=False)  # fmt: skip
+
+    epochs = []
+    for epoch in range(2):
+        whole = loader()
+        whole.set_epoch(epoch)  # as the Trainer does
+        epochs.append([batch.tolist() for batch in whole])
+    assert epochs[0] != epochs[1]
+    resumed = skip_first_batches(loader(), 3)
+    resumed.set_epoch(1)
+    set_epoch(resumed, 1)
+    assert [batch.tolist() for batch in resumed] == epochs[1][3:]
+
+
+def test_an_order_that_a_resume_would_not_have_again_is_refused(files, tmp_path, capfd):
+    assert train(tmp_path / "run", accelerator_config='{"use_seedable_sampler": false}', **given(files)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert "use_seedable_sampler" in line
 
 
 # -- in a script

@@ -24,6 +24,7 @@ class ConvexConfig(SFTConfig):
 
     if TYPE_CHECKING:
         bf16: bool | None
+        greater_is_better: bool | None
 
     # Options that may come as a JSON string from the command line.
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective_kwargs"]
@@ -107,6 +108,9 @@ class ConvexConfig(SFTConfig):
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # what YAML makes of an unquoted `no`
                 setattr(self, name, "no")
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric is not None and metric.endswith(("nll", "entropy", "loss")):
+            self.greater_is_better = False
         super().__post_init__()
         self.build_objective()
         if not 0.0 <= self.k_warmup <= 1.0:

@@ -197,6 +197,7 @@ class _Moments(TrainerCallback):
         """Training starts or goes on."""
         trainer = self.trainer
         trainer._epoch_closed, trainer._save_is_due, trainer._saved_step = False, False, None
+        trainer._begin_training()
         if trainer._resumed_from is not None:
             trainer._restore_progress(Path(trainer._resumed_from))
 

@@ -43,9 +43,7 @@ class NonFiniteGuard:
     _record_names: Any = None  # of packed rows, whose tokens carry record numbers
 
     def _init_guard(self: Any) -> None:
-        self.skipped_steps = self._skips_in_a_row = 0
-        self._steps_since_log = self._skips_since_log = 0
-        self._low_logs, self._warned_of_collapse = 0, False
+        self._reset_guard()
         self._losses: list[Tensor] = []
         self._records: list[Any] = []
         self._before_step: tuple[Any, ...] = ()
@@ -54,6 +52,11 @@ class NonFiniteGuard:
                 "`skip_nonfinite_steps` is not supported with DeepSpeed, whose backward pass updates the weights; "
                 "leave it out (such a step then stops the run), or use FSDP or DDP"
             )
+
+    def _reset_guard(self: Any) -> None:
+        self.skipped_steps = self._skips_in_a_row = self._skipped_before = 0
+        self._steps_since_log = self._skips_since_log = 0
+        self._low_logs, self._warned_of_collapse = 0, False
 
     def _guard_counts(self: Any) -> dict[str, Any]:
         """What a checkpoint has to keep."""
@@ -67,7 +70,7 @@ class NonFiniteGuard:
         }
 
     def _restore_guard_counts(self: Any, counts: dict[str, Any]) -> None:
-        self.skipped_steps = counts["skipped_steps"]
+        self.skipped_steps = self._skipped_before = counts["skipped_steps"]
         self._skips_in_a_row = counts["skips_in_a_row"]
         self._steps_since_log, self._skips_since_log = counts["steps_since_log"], counts["skips_since_log"]
         self._low_logs, self._warned_of_collapse = counts["low_logs"], counts["warned_of_collapse"]
@@ -203,6 +206,12 @@ class NonFiniteGuard:
                 logs["loss"] = logs["loss"] * self._steps_since_log / made if made else math.nan
             logs["skipped_steps"] = self.skipped_steps
         self._steps_since_log = self._skips_since_log = 0
+
+    def _guard_summary(self: Any, logs: dict[str, Any]) -> None:
+        """Make the mean loss of all steps, in which a skipped one counts as 0, one of those that were not skipped."""
+        steps, skipped = self.state.global_step - self._initial_global_step, self.skipped_steps - self._skipped_before
+        if skipped:
+            logs["train_loss"] = logs["train_loss"] * steps / (steps - skipped) if steps > skipped else math.nan
 
     def _watch_collapse(self: Any, logs: dict[str, Any]) -> None:
         """Warn once when few records have carried the gradient in several logs running."""

@@ -67,6 +67,11 @@ def _other_losses(args: ConvexConfig, objective: Objective, given: Mapping[str, 
         reasons.append(
             "`average_tokens_across_devices=False` is not supported: objectives are normalised over the global batch"
         )
+    if not args.accelerator_config.use_seedable_sampler:
+        reasons.append(
+            "`accelerator_config` with `use_seedable_sampler: false` draws the data's order anew after a resume; "
+            "leave it out"
+        )
     return reasons
 
 

@@ -31,6 +31,7 @@ from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
 from convexlm.record_separation import refuse_mixing
 from convexlm.refusals import refuse_prompt_learning, refuse_what_cannot_be_honoured
+from convexlm.sampling import SamplingOrder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 leave_the_environment()
 
 
-class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTrainer):
+class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingOrder, SFTTrainer):
     """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes.
 
     A dataset may have a column `weight` (a finite number of at least 0 a record, 1 if absent): it multiplies the
@@ -348,11 +349,16 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
         return summary
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; statistics of an earlier run are forgotten."""
-        self._statistics["train"] = self._seen = None
+        """As in the Trainer, whose mean loss is here over the steps that were not skipped."""
         resume = args[0] if args else kwargs.get("resume_from_checkpoint")
         self._resumed_from = get_last_checkpoint(self.args.output_dir) if resume is True else resume or None
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
+
+    def _begin_training(self) -> None:
+        """Forget the statistics of an earlier run, or of one that ran out of memory and begins again."""
+        self._statistics["train"] = self._seen = None
+        self._reset_guard()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's statistics to what the Trainer logs in training."""
@@ -363,6 +369,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SFTTraine
             logs.update(statistics)
             self._guard_logs(logs)
             self._watch_collapse(logs)
+        elif "train_loss" in logs:
+            self._guard_summary(logs)
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:

@@ -175,8 +175,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         return
     console.print(f"trained {result['steps']} steps on {result['records']} records in {result['seconds']:.0f} s")
     console.print(f"checkpoints in {result['output_dir']}: {', '.join(result['checkpoints'])}")
-    if result["last_checkpoint"]:
+    chosen = result.get("best_checkpoint") or result["last_checkpoint"]
+    if chosen:
         console.print(
-            f"next: convexlm decode --model_name_or_path {result['last_checkpoint']} --sources FILE --pair en-de "
-            "--output_file FILE.jsonl"
+            f"next: convexlm decode --model_name_or_path {chosen} --sources FILE --pair en-de --output_file FILE.jsonl"
         )
