@@ -94,6 +94,10 @@ def test_a_folders_own_config_comes_first(tmp_path: Path) -> None:
         ({"sharding": "zero1", "processes": 8, "mixed_precision": "fp16"}, 2, 2 + 4 / 8, 12 / 8),
         ({"sharding": "zero3", "processes": 8, "mixed_precision": "bf16"}, 2 / 8, 4 / 8, 12 / 8),
         ({"sharding": "zero3_offload", "processes": 8, "mixed_precision": "bf16"}, 0, 0, 0),
+        ({"sharding": "zero3_offload_optimizer", "processes": 8, "mixed_precision": "bf16"}, 2 / 8, 0, 0),
+        ({"sharding": "zero3_offload_parameters", "processes": 8, "mixed_precision": "bf16"}, 0, 4 / 8, 12 / 8),
+        ({"sharding": "zero1_offload", "processes": 8, "mixed_precision": "bf16"}, 2, 2, 0),
+        ({"sharding": "fsdp2_offload", "processes": 4}, 0, 0, 0),
     ],
 )
 def test_bytes_of_a_parameter(options: dict[str, Any], weights: float, gradients: float, optimizer: float) -> None:
@@ -114,6 +118,13 @@ def test_deepspeeds_own_sums() -> None:
     offloaded = small(sharding="zero3_offload", processes=8, mixed_precision="bf16")
     assert offloaded.host == pytest.approx(18 / 8 * PARAMETERS, rel=0.001)
     assert offloaded.peak < three.peak
+    # What is taken off the device is on the host, whichever it is.
+    for name in ("zero3_offload_optimizer", "zero3_offload_parameters"):
+        part = small(sharding=name, processes=8, mixed_precision="bf16")
+        assert part.weights + part.gradients + part.optimizer + part.host == pytest.approx(offloaded.host, abs=8)
+        assert offloaded.peak < part.peak < three.peak and part.gathered == three.gathered
+    fsdp, off = small(sharding="fsdp2", processes=4), small(sharding="fsdp2_offload", processes=4)
+    assert off.host == fsdp.weights + fsdp.gradients + fsdp.optimizer and off.gathered == fsdp.gathered
 
 
 def test_ddp_buckets_and_one_process() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from trl import ModelConfig
 
 from convexlm.errors import UserError
 from convexlm.pipeline import accumulation_steps, train_options
@@ -278,24 +279,37 @@ def test_a_model_that_is_not_at_hand_has_no_memory_line(tmp_path: Path, capsys: 
     assert "memory   not known: nobody/unknown-model: its config is not at hand" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "sharding"),
-    [
-        ("single_gpu", "none"),
-        ("multi_gpu", "ddp"),
-        ("fsdp2", "fsdp2"),
-        ("zero2", "zero2"),
-        ("zero3", "zero3"),
-        ("zero3_offload", "zero3_offload"),
-    ],
-)
-def test_every_packaged_launch_has_its_sharding(name: str, sharding: str) -> None:
-    from convexlm.launch.settings import config_file
-    from convexlm.options import load_yaml
-    from convexlm.plan_training import sharding_of_file
+def test_records_that_the_recipe_tells_are_of_its_own_dataset(tmp_path: Path) -> None:
+    data = {"dataset": "some/corpus", "num_records": 1000}
+    arms = {"mle": {"objective": "mle"}, "other": {"objective": "mle", "dataset": "another/corpus"}}
+    model = {"model_name_or_path": "nobody/unknown-model"}
+    plan = make_plan(load(tmp_path, data=data, arms=arms, model=model), tmp_path / "run")
+    records = {train["dataset"]: train["records"] for train in plan["train"]}
+    assert records == {"some/corpus": 1000, "another/corpus": None}
+    assert plan["train"][1]["records_from"] == "the hub was not asked"
 
-    processes = 1 if name == "single_gpu" else 4
-    assert sharding_of_file(load_yaml(config_file(name)), processes) == sharding
+
+def test_quantized_weights_are_trained_through_an_adapter_only(tiny_llama: Path, tmp_path: Path) -> None:
+    from convexlm.plan_training import plan_training
+    from convexlm.training import DataOptions
+    from convexlm.training_model import check_model
+
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "say", "input": "one", "output": "two"}]))
+    values: dict[str, Any] = {
+        "model_name_or_path": str(tiny_llama),
+        "dataset": str(tmp_path / "data.json"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+    }
+    with pytest.raises(UserError, match="--load_in_4bit: quantized weights cannot be trained; give --use_peft true"):
+        plan_training({**values, "load_in_4bit": True})
+    planned = plan_training({**values, "load_in_4bit": True, "use_peft": True, "lora_target_modules": ["q_proj"]})
+    assert planned["memory"]["trainable"] < planned["memory"]["parameters"] and planned["memory"]["checkpoint_weights"]
+    data = DataOptions("x.json", config_name=str(tiny_llama))
+    with pytest.raises(UserError, match="--load_in_8bit: a new model"):
+        check_model(ModelConfig(load_in_8bit=True, use_peft=True), data)
+    with pytest.raises(UserError, match="--load_in_8bit: quantized weights"):
+        check_model(ModelConfig(str(tiny_llama), load_in_8bit=True), DataOptions("x.json"))
 
 
 def test_one_training_is_planned_alone(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +341,8 @@ def test_one_training_is_planned_alone(tiny_llama: Path, tmp_path: Path, capsys:
     assert (flat["memory"]["rows"], flat["memory"]["length"]) == (1, 4 * 64)
     assert packed["memory"]["activations"] < flat["memory"]["activations"]  # 4 small masks, not a large one
     assert 1 <= packed["steps_about"] <= plan["steps"]
+    other = plan_training({**values}, processes=2, sharding="MEGATRON_LM")
+    assert (other["memory"], other["memory_note"]) == (None, "how MEGATRON_LM divides a model is not counted here")
     adapter = plan_training({**values, "use_peft": True, "lora_target_modules": ["q_proj"]})
     assert adapter["memory"]["trainable"] == 16 * (16 + 16)
     assert json.loads(json.dumps(plan)) == plan

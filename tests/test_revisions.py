@@ -15,6 +15,7 @@ from convexlm.config import ConvexConfig
 from convexlm.decoding.checkpoint import base_of_adapter, checkpoint_sha256, find_checkpoint
 from convexlm.errors import UserError
 from convexlm.tokenizer_files import load_tokenizer
+from convexlm.training_model import model_to_train, peft_config_of
 from training_helpers import tiny_config, tiny_tokenizer, write_model_files
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def test_training_takes_tokenizer_and_adapter_by_the_models_revision(
     write_model_files(tmp_path / "LOCAL")
     monkeypatch.chdir(tmp_path)
     model = ModelConfig(**options, use_peft=True)
-    assert training._peft(model).revision == revision
+    assert peft_config_of(model).revision == revision
     asked: list[Any] = []
 
     def load(name: str, *, trust_remote_code: bool, revision: str | None) -> Any:
@@ -103,5 +104,5 @@ def test_a_new_model_has_the_dtype_asked_for(tmp_path: Path, asked: str | None, 
     tiny_config(dtype="float16").save_pretrained(tmp_path / "config")
     args = ConvexConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
     data = training.DataOptions("x.json", config_name=str(tmp_path / "config"))
-    model, _ = training._model(ModelConfig(dtype=asked), data, args, tiny_tokenizer())
+    model, _ = model_to_train(ModelConfig(dtype=asked), data, args, tiny_tokenizer())
     assert not isinstance(model, str) and {parameter.dtype for parameter in model.parameters()} == {made}

@@ -7,9 +7,12 @@ Activations, gradients and what lives only for a moment are counted by running a
 |---|---|---|---|---|
 | `none`, `ddp` | all | all | all | with several processes, DDP's buckets: all gradients once more |
 | `fsdp2` | 1/n | 1/n | 1/n | two layers and what is in no layer, gathered; two layers' whole gradients |
+| `fsdp2_offload` | on the host | on the host | on the host | gathered, as `fsdp2` |
 | `zero1`, `zero2` | all, 16-bit | all 16-bit, and 1/n in float32 | 1/n | |
-| `zero2_offload` | all, 16-bit | all 16-bit | on the host | |
+| `zero1_offload`, `zero2_offload` | all, 16-bit | all 16-bit | on the host | |
 | `zero3` | 1/n, 16-bit | 1/n in float32 | 1/n | gathered: at most 1e9 parameters (stage3_max_live_parameters) |
+| `zero3_offload_optimizer` | 1/n, 16-bit | on the host | on the host | gathered, as `zero3` |
+| `zero3_offload_parameters` | on the host | 1/n in float32 | 1/n | gathered, as `zero3` |
 | `zero3_offload` | on the host | on the host | on the host | gathered, as `zero3` |
 
 Under ZeRO the optimizer's share holds a float32 copy of the weights; the bytes are those of DeepSpeed's own estimators
@@ -29,7 +32,10 @@ from convexlm.errors import UserError
 from convexlm.memory_count import Adapter, ModelCount, config_from_json, count_model
 from convexlm.memory_step import StepShape, StepTrace, trace_step
 
-SHARDINGS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+SHARDINGS = (
+    *("none", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero1_offload", "zero2", "zero2_offload"),
+    *("zero3", "zero3_offload_optimizer", "zero3_offload_parameters", "zero3_offload"),
+)
 FRAMEWORK_BYTES = {"cpu": 520_000_000, "cuda": 700_000_000}
 """What a process takes before it has a model: measured on a CPU (benchmarks/memory.py); a usual CUDA context's size,
 assumed and not measured."""
@@ -212,11 +218,13 @@ def _put_together(
     half = size == 2
     if sharding in ("none", "ddp"):
         buckets = gradients if n > 1 else 0
-    elif sharding == "fsdp2":
+    elif sharding in ("fsdp2", "fsdp2_offload"):
         weights, gradients, states = weights // n, model.trainable_bytes // n, states // n
         trained_share = model.trainable / model.parameters
         layers = 2 * trace.largest_layer
         gathered = int((layers * (1 + trained_share) + trace.outside_layers) * size)
+        if sharding == "fsdp2_offload":
+            host, weights, gradients, states = weights + gradients + states, 0, 0, 0
     else:
         # 16-bit weights, a float32 copy of the trained ones with the optimizer, gradients summed in float32.
         weights = model.parameters * size if not shape.quantized else weights
@@ -226,15 +234,15 @@ def _put_together(
         whole = model.trainable * size
         if sharding in ("zero1", "zero2"):
             gradients, states = whole + summed // n, states // n
-        elif sharding == "zero2_offload":
+        elif sharding in ("zero1_offload", "zero2_offload"):
             gradients, host, states = whole, (states + summed) // n, 0
         else:
             gathered = min(model.parameters, ZERO3_LIVE_PARAMETERS) * size
-            if sharding == "zero3":
-                weights, gradients, states = weights // n, (summed or whole) // n, states // n
-            else:
-                host = (weights + states + (summed or whole)) // n
-                weights = gradients = states = 0
+            weights, gradients, states = weights // n, (summed or whole) // n, states // n
+            if sharding in ("zero3_offload", "zero3_offload_parameters"):
+                host, weights = host + weights, 0
+            if sharding in ("zero3_offload", "zero3_offload_optimizer"):
+                host, gradients, states = host + gradients + states, 0, 0
     if trace.gradients:
         scale = gradients / trace.gradients
     gathered += int(model.largest_quantized * 2)
@@ -242,7 +250,7 @@ def _put_together(
     working = at_peak[1] + trace.head_kept
     # Fused optimizers work in place; the others hold a matrix (a CPU) or all updates (foreach, on a GPU) at a time.
     updating = (
-        0 if "fused" in optimizer or shape.device == "cpu" or sharding not in ("none", "ddp", "fsdp2") else (gradients)
+        0 if "fused" in optimizer or shape.device == "cpu" or sharding not in ("none", "ddp", "fsdp2") else gradients
     )
     during = int(at_peak[0] * scale) + working + gathered + buckets
     stepping = gradients + updating + buckets + trace.head_kept

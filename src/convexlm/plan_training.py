@@ -8,9 +8,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+from convexlm.launch.sharding import sharding_here, sharding_of_file
 from convexlm.memory import gigabytes
 from convexlm.pipeline import world_size
 from convexlm.plan_data import Data, count_records, sample_lengths
+from convexlm.training_model import peft_config_of, refuse_quantized_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from convexlm.config import ConvexConfig
+
+__all__ = [
+    "checkpoint_steps",
+    "describe_steps",
+    "plan_lines",
+    "plan_training",
+    "saved_steps",
+    "sharding_here",
+    "sharding_of_file",
+    "show_training_plan",
+    "steps_of_epoch",
+]
 
 SHOWN_OPTIONS = (
     *("objective", "k", "level", "length_weighting", "mle_mix", "k_warmup", "learning_rate", "lr_scheduler_type"),
@@ -39,7 +53,7 @@ def plan_training(
     Args:
         values: option names and values of `convexlm train`.
         processes: how many train together; what the launcher says, if None.
-        sharding: one of `memory.SHARDINGS`; what the launcher says, if None.
+        sharding: one of `memory.SHARDINGS`, or in words another one; what the launcher says, if None.
         data: what is known of the data; read from `values["dataset"]` if None.
         config: the model's config, if it is not to be found by the options.
 
@@ -59,6 +73,7 @@ def plan_training(
     with _alone():
         made = build_options({**values, "use_cpu": True, "bf16": False, "fp16": False})
     options, model_options, train_config = made
+    refuse_quantized_training(model_options)
     data = data or count_records(options.dataset, options.template, options.max_records)
     epoch = (
         None if data.records is None or train_config.packing else steps_of_epoch(train_config, data.records, processes)
@@ -119,35 +134,6 @@ def _alone() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def sharding_here(processes: int) -> str:
-    """How the launcher of this process (or none) divides a model."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "")
-        return f"zero{stage}" + ("_offload" if offload and stage in "23" else "")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp2"
-    return "ddp" if processes > 1 else "none"
-
-
-def sharding_of_file(file: Mapping[str, Any], processes: int) -> str:
-    """How an accelerate file's settings divide a model.
-
-    Args:
-        file: the YAML file's content.
-        processes: how many train together.
-    """
-    kind = str(file.get("distributed_type", "NO")).upper()
-    if kind == "DEEPSPEED":
-        settings = file.get("deepspeed_config") or {}
-        stage = str(settings.get("zero_stage", 2))
-        offload = str(settings.get("offload_optimizer_device", "none")).lower() not in ("none", "false")
-        return f"zero{stage}" + ("_offload" if offload and stage in ("2", "3") else "") if stage != "0" else "ddp"
-    if kind == "FSDP":
-        return "fsdp2"
-    return "ddp" if processes > 1 else "none"
-
-
 # -- steps
 
 
@@ -199,9 +185,11 @@ def _memory(
 
     from convexlm.collator import keeps_packed_rows
     from convexlm.known_models import find_config
-    from convexlm.memory import estimate_memory
+    from convexlm.memory import SHARDINGS, estimate_memory
     from convexlm.memory_count import count_parameters
 
+    if sharding not in SHARDINGS:
+        return None, f"how {sharding} divides a model is not counted here"
     origin = "the recipe"
     if model_config is None:
         name = values.get("model_name_or_path") or values.get("config_name")
@@ -212,7 +200,7 @@ def _memory(
             return None, f"{name}: {origin}"
     if tokens and not values.get("model_name_or_path"):
         model_config.vocab_size = tokens["vocabulary"]  # as training does with a new model
-    peft_config = _peft(model_options)
+    peft_config = peft_config_of(model_options)
     size = count_parameters(model_config)
     device, assumed = "cpu", False
     if not values.get("use_cpu") and torch.cuda.is_available():
@@ -257,16 +245,6 @@ def _memory(
     here = "a GPU with bf16 (none is here)" if assumed else "this machine's GPU" if device == "cuda" else "the CPU"
     added = {"device_is": here, "precision": mixed or str(model_options.dtype or "float32")}
     return {**estimate.as_dict(), "length": length, "rows": rows, "config_from": origin, **added}, None
-
-
-def _peft(options: Any) -> Any:
-    from trl import get_peft_config
-
-    modules = options.lora_target_modules
-    found = get_peft_config(options)
-    if found is not None and isinstance(modules, str) and modules != "all-linear":
-        found.target_modules = {modules}  # as `training` reads it
-    return found
 
 
 def _longest(config: ConvexConfig, tokens: dict[str, Any] | None, data: Data) -> int:

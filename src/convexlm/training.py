@@ -21,12 +21,11 @@ from convexlm.checkpoints import (
 )
 from convexlm.errors import Stopped, UserError
 from convexlm.interrupts import SignalWatch, signal_name
-from convexlm.launch.deepspeed import unsharded
 from convexlm.progress import TrainProgress, note
 from convexlm.resuming import agreed_start, refuse_checkpoints
+from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from trl import ModelConfig
 
     from convexlm.config import ConvexConfig
@@ -94,13 +93,16 @@ def train_model(
         opening: what to say when data and model are ready, before the first step.
 
     Returns:
-        `output_dir`, `checkpoints`, `last_checkpoint`, `steps`, `records`, `dropped`, `truncated`, `seconds`. Under
+        `output_dir`, `checkpoints`, `last_checkpoint`, `best_checkpoint` (by
+        `metric_for_best_model`, None without one), `steps`, `records`, `dropped`, `truncated`, `seconds`. Under
         streaming, `records` counts the rows that the steps took, and `dropped` and `truncated` are None.
 
     Raises:
         UserError: data, model or options cannot be used, or the output folder holds checkpoints and `resume` is off.
         Stopped: SIGTERM or SIGINT came, and a checkpoint was saved; or a step's loss or gradient was not finite.
     """
+    from trl import get_quantization_config
+
     from convexlm.tokenization import PromptSettings, load_tokenizer
     from convexlm.trainer import ConvexTrainer
 
@@ -115,16 +117,16 @@ def train_model(
     tokenizer = load_tokenizer(
         str(tokenizer_source),
         trust_remote_code=args.trust_remote_code,
-        revision=None if data.tokenizer_name else _revision(model_options),
+        revision=None if data.tokenizer_name else revision_of(model_options),
     )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
-    _check_model(model_options, data)  # before the data, which may take long
+    check_model(model_options, data)  # before the data, which may take long
     train_dataset, counts = _training_rows(data, args, tokenizer, settings)
     eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings).dataset if data.eval_dataset else None
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    model, init_options = _model(model_options, data, args, tokenizer)
+    model, init_options = model_to_train(model_options, data, args, tokenizer)
     args.model_init_kwargs = init_options
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # torch warns at every loader where there is nothing to pin for
@@ -135,8 +137,8 @@ def train_model(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            peft_config=_peft(model_options),
-            quantization_config=_quantization(model_options),
+            peft_config=peft_config_of(model_options),
+            quantization_config=get_quantization_config(model_options),
         )
     )
     progress = _add_callbacks(trainer, title)
@@ -169,6 +171,7 @@ def train_model(
         "output_dir": str(output_dir),
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
+        "best_checkpoint": best_checkpoint(checkpoints[-1]) if checkpoints else None,
         "steps": steps,
         **counts,
         "seconds": round(time.monotonic() - begun, 2),
@@ -182,7 +185,7 @@ def _run(trainer: Any, last: Path | None) -> None:
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except pickle.UnpicklingError as error:
-            raise UserError(f"{last}: its state is not what torch loads safely ({_first_line(error)})") from None
+            raise UserError(f"{last}: its state is not what torch loads safely ({first_line(error)})") from None
         finally:
             trainer.signal_watch = None
     if watch.number is not None:  # it came in the last step
@@ -260,87 +263,7 @@ def _check_streaming(data: DataOptions, args: ConvexConfig) -> None:
         raise UserError("--dataset_num_proc tokenizes ahead of training; --streaming tokenizes while it goes on")
 
 
-# -- the model
-
-
-def _check_model(options: ModelConfig, data: DataOptions) -> None:
-    """See that there is one model to train, and that a local one has weights that are read."""
-    name = options.model_name_or_path
-    if data.config_name:
-        if name:
-            raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
-        return
-    if not name:
-        raise UserError("--model_name_or_path is missing (or --config_name for a new model)")
-    path = Path(name)
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {name}: no model there (config.json is missing)")
-        if not list(path.glob("*.safetensors")):
-            raise UserError(f"--model_name_or_path {name}: no weights in safetensors format there")
-
-
-def _model(
-    options: ModelConfig, data: DataOptions, args: ConvexConfig, tokenizer: Any
-) -> tuple[PreTrainedModel | str, dict[str, Any] | None]:
-    """A new model from a config, or the path and loading options that TRL takes."""
-    if data.config_name:
-        return _new_model(data.config_name, tokenizer, args, options), None
-    loading: dict[str, Any] = {"use_safetensors": True, **(args.model_init_kwargs or {})}
-    loading.setdefault("dtype", options.dtype or "float32")
-    if options.attn_implementation:
-        loading.setdefault("attn_implementation", options.attn_implementation)
-    if revision := _revision(options):
-        loading.setdefault("revision", revision)
-    return str(options.model_name_or_path), loading
-
-
-def _revision(options: ModelConfig) -> str | None:
-    """The branch, tag or commit of a model on the hub; None for its default, and for a local folder."""
-    name, revision = options.model_name_or_path, options.model_revision
-    return None if not name or Path(name).exists() or revision == "main" else str(revision)
-
-
-def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: ModelConfig) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-
-    special = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    # Said in so many words, for else transformers would ask on the terminal.
-    code = {"trust_remote_code": bool(args.trust_remote_code)}
-    extra: dict[str, Any] = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    if options.dtype != "auto":  # which is the config's own
-        extra["dtype"] = options.dtype or "float32"
-    try:
-        config = AutoConfig.from_pretrained(config_name, **special, **code)
-        set_seed(args.seed)
-        with unsharded(args):
-            return AutoModelForCausalLM.from_config(config, **extra, **code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--config_name {config_name}: {_first_line(error)}") from None
-
-
-def _peft(options: ModelConfig) -> Any:
-    from trl import get_peft_config
-
-    modules = options.lora_target_modules
-    config = get_peft_config(options)
-    if config is not None and isinstance(modules, str) and modules != "all-linear":
-        # TRL takes a list of one module apart, and PEFT reads a bare string as a pattern for the whole name.
-        config.target_modules = {modules}
-    if config is not None:
-        config.revision = _revision(options)  # by which decoding and export find the base that was trained on
-    return config
-
-
-def _quantization(options: ModelConfig) -> Any:
-    from trl import get_quantization_config
-
-    return get_quantization_config(options)
+# -- the trainer
 
 
 def _as_user_errors(make: Any) -> Any:
@@ -348,12 +271,7 @@ def _as_user_errors(make: Any) -> Any:
     try:
         return make()
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
+        raise UserError(first_line(error)) from error
 
 
 def _add_callbacks(trainer: Any, title: str) -> TrainProgress:

@@ -166,10 +166,10 @@ def _file_says_cpu(name: str | None) -> bool:
 
 
 def _offloads(name: str) -> bool:
+    from convexlm.launch.sharding import deepspeed_settings
     from convexlm.options import load_yaml
 
-    settings = load_yaml(config_file(name)).get("deepspeed_config") or {}
-    return any(settings.get(f"offload_{what}_device", "none") not in ("none", None) for what in ("optimizer", "param"))
+    return deepspeed_settings(load_yaml(config_file(name)))[1:] != ("none", "none")
 
 
 def _other_accelerator(use_cpu: bool) -> bool:

@@ -1,0 +1,122 @@
+"""The model of a training: what its options say, checked, and what the trainer takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.launch.deepspeed import unsharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+    from convexlm.config import ConvexConfig
+    from convexlm.training import DataOptions
+
+
+def check_model(options: ModelConfig, data: DataOptions) -> None:
+    """See that there is one model to train, and that a local one has weights that are read.
+
+    Raises:
+        UserError: none, two, or one that cannot be trained as asked.
+    """
+    name = options.model_name_or_path
+    refuse_quantized_training(options)
+    if data.config_name:
+        if quantized := _quantized(options):
+            raise UserError(f"--{quantized}: a new model (--config_name) has no weights to quantize; leave it out")
+        if name:
+            raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
+        return
+    if not name:
+        raise UserError("--model_name_or_path is missing (or --config_name for a new model)")
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model_name_or_path {name}: no model there (config.json is missing)")
+        if not list(path.glob("*.safetensors")):
+            raise UserError(f"--model_name_or_path {name}: no weights in safetensors format there")
+
+
+def refuse_quantized_training(options: ModelConfig) -> None:
+    """See that quantized weights, which get no gradient, are trained through an adapter.
+
+    Raises:
+        UserError: they are not.
+    """
+    if (quantized := _quantized(options)) and not options.use_peft:
+        raise UserError(f"--{quantized}: quantized weights cannot be trained; give --use_peft true, or leave it out")
+
+
+def _quantized(options: ModelConfig) -> str | None:
+    return next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(options, name)), None)
+
+
+def model_to_train(
+    options: ModelConfig, data: DataOptions, args: ConvexConfig, tokenizer: Any
+) -> tuple[PreTrainedModel | str, dict[str, Any] | None]:
+    """A new model from a config, or the path and loading options that TRL takes.
+
+    Raises:
+        UserError: the config of a new model cannot be used.
+    """
+    if data.config_name:
+        return _new_model(data.config_name, tokenizer, args, options), None
+    loading: dict[str, Any] = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+    loading.setdefault("dtype", options.dtype or "float32")
+    if options.attn_implementation:
+        loading.setdefault("attn_implementation", options.attn_implementation)
+    if revision := revision_of(options):
+        loading.setdefault("revision", revision)
+    return str(options.model_name_or_path), loading
+
+
+def revision_of(options: ModelConfig) -> str | None:
+    """The branch, tag or commit of a model on the hub; None for its default, and for a local folder."""
+    name, revision = options.model_name_or_path, options.model_revision
+    return None if not name or Path(name).exists() or revision == "main" else str(revision)
+
+
+def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: ModelConfig) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # Said in so many words, for else transformers would ask on the terminal.
+    code = {"trust_remote_code": bool(args.trust_remote_code)}
+    extra: dict[str, Any] = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    if options.dtype != "auto":  # which is the config's own
+        extra["dtype"] = options.dtype or "float32"
+    try:
+        config = AutoConfig.from_pretrained(config_name, **special, **code)
+        set_seed(args.seed)
+        with unsharded(args):
+            return AutoModelForCausalLM.from_config(config, **extra, **code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--config_name {config_name}: {first_line(error)}") from None
+
+
+def peft_config_of(options: ModelConfig) -> Any:
+    """The adapter to train, as PEFT's config; None if the model itself is trained."""
+    from trl import get_peft_config
+
+    modules = options.lora_target_modules
+    config = get_peft_config(options)
+    if config is not None and isinstance(modules, str) and modules != "all-linear":
+        # TRL takes a list of one module apart, and PEFT reads a bare string as a pattern for the whole name.
+        config.target_modules = {modules}
+    if config is not None:
+        config.revision = revision_of(options)  # by which decoding and export find the base that was trained on
+    return config
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
+    text = str(error).strip()
+    return text.split("\n")[0] if text else type(error).__name__
