@@ -69,6 +69,25 @@ def test_settings_that_cannot_be_meant(asked, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        ({"num_machines": "two"}, "own.yaml: `num_machines` must be a whole number, not 'two'"),
+        ({"num_machines": [2]}, "`num_machines` must be a whole number, not [2]"),
+        ({"num_processes": 1.5}, "`num_processes` must be a whole number, not 1.5"),
+        ({"machine_rank": True}, "`machine_rank` must be a whole number, not True"),
+        ({"main_process_port": "any"}, "`main_process_port` must be a whole number"),
+        ({"main_process_ip": 10.1}, "`main_process_ip` must be an address"),
+        ({"num_machines": 0}, "--num_machines must be a whole number of at least 1, not 0"),
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_meant_is_named(tmp_path, says, said):
+    with pytest.raises(UserError) as error:
+        LaunchSettings(accelerate_config=own_file(tmp_path, distributed_type="MULTI_GPU", **says)).resolved()
+    assert said in str(error.value)
+
+
 def test_the_command_line_wins_over_the_recipe_and_both_over_the_file(tmp_path):
     path = own_file(tmp_path, distributed_type="MULTI_GPU", num_processes=8, main_process_port=1234)
     recipe = LaunchSettings(accelerate_config=path, num_processes=4)

@@ -66,7 +66,12 @@ class LaunchSettings:
     def _of_file(self) -> LaunchSettings:
         says = load_yaml(config_file(str(self.accelerate_config)))
         values = {key: says[key] for key in IN_FILE if says.get(key) is not None}
-        if int(values.get("num_machines", 1)) == 1:
+        for key, value in values.items():
+            if key != "main_process_ip" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise UserError(f"{self.accelerate_config}: `{key}` must be a whole number, not {value!r}")
+        if not isinstance(values.get("main_process_ip", ""), str):
+            raise UserError(f"{self.accelerate_config}: `main_process_ip` must be an address")
+        if values.get("num_machines", 1) == 1:
             values.pop("machine_rank", None)
         return LaunchSettings(**values)
 
