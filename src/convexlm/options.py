@@ -142,7 +142,7 @@ def written_numbers(path: str | Path, section: str) -> dict[str, str]:
 
     from convexlm.files import read_text
 
-    root = yaml.compose(read_text(path), _loader())
+    root: Any = yaml.compose(read_text(path), _loader())
     found = [node for key, node in root.value if key.value == section and isinstance(node, yaml.MappingNode)]
     return {key.value: node.value for own in found for key, node in own.value if node.tag == "tag:yaml.org,2002:int"}
 
@@ -160,7 +160,7 @@ def _loader() -> Any:
 
         def __init__(self, stream: Any) -> None:
             super().__init__(stream)
-            self.unfinished: list[str | None] = []
+            self.unfinished: list[Any] = []
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent) and (event := self.peek_event()).anchor in self.unfinished:
@@ -169,13 +169,13 @@ def _loader() -> Any:
                 )
             return super().compose_node(parent, index)
 
-        def compose_sequence_node(self, anchor: str | None) -> Any:
+        def compose_sequence_node(self, anchor: Any) -> Any:
             self.unfinished.append(anchor)
             node = super().compose_sequence_node(anchor)
             self.unfinished.pop()
             return node
 
-        def compose_mapping_node(self, anchor: str | None) -> Any:
+        def compose_mapping_node(self, anchor: Any) -> Any:
             self.unfinished.append(anchor)
             node = super().compose_mapping_node(anchor)
             self.unfinished.pop()

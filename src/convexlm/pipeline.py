@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.checkpoints import all_checkpoints
 from convexlm.errors import UserError
 from convexlm.files import write_atomic
-from convexlm.preflight import check_apart, check_files, load_test_sets, load_validation_sets
+from convexlm.preflight import check_apart, check_files, check_trainings, load_test_sets, load_validation_sets
 from convexlm.progress import note
 from convexlm.recipe import DATA_OPTIONS, is_whole
 from convexlm.run_data import dataset_of, prepare_data, write_references
@@ -58,12 +58,14 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     begun = time.monotonic()
     if recipe.launch.machines > 1 and recipe.launch.machine_rank:
         return _take_part(recipe, folder, begun)
-    # First of all, so that a wrong path is told before hours of training, and before it is in the folder's recipe.
-    if not folder.check(recipe):
-        check_files(recipe)
+    # First of all, so that a mistake is told before hours of training, and before it is in the folder's recipe.
+    known = folder.check(recipe)
+    recipe = folder.continued(recipe)
+    if not known:
+        trainings = [(run, train_options(recipe, folder, run)) for run in trained_runs(recipe)]
+        check_trainings(recipe, trainings, check_files(recipe), world_size(recipe))
         if (backend := recipe.decode.get("backend", "hf")) != "auto":
             get_backend(backend)().check_installed()
-    recipe = folder.continued(recipe)
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)
     with folder.lock():

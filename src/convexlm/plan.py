@@ -18,7 +18,7 @@ from convexlm.plan_training import (
     sharding_of_file,
     steps_of_epoch,
 )
-from convexlm.preflight import check_files
+from convexlm.preflight import check_files, check_trainings
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set
 
@@ -48,11 +48,12 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     from convexlm.decoding import Search
 
     folder = RunFolder(Path(run_dir))
-    check_files(recipe)
+    counted = check_files(recipe)
     folder.check(recipe)
     recipe = folder.continued(recipe)
     runs = trained_runs(recipe)
     processes, sharding = _launch(recipe)
+    check_trainings(recipe, [(run, train_options(recipe, folder, run)) for run in runs], counted, processes)
     found: dict[str, Data] = {}
     trains = [_plan_arm(recipe, folder, run, processes, sharding, found) for run in runs]
     decode = _plan_decoding(recipe, folder, runs, trains)

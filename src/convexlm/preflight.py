@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.run_data import datasets_of
+from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.sweep import read_instruction
 from convexlm.testsets import TestSet, load_test_set
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from convexlm.recipe import Recipe
+    from convexlm.runs import TrainedRun
 
 
 def load_test_sets(recipe: Recipe) -> list[TestSet]:
@@ -55,27 +60,158 @@ def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]
                 )
 
 
-def check_files(recipe: Recipe) -> None:
-    """Read the training data and the instruction that a recipe names, and look for its model.
+def check_files(recipe: Recipe) -> dict[str, int]:
+    """Read the data and the instruction that a recipe names, and look for its model.
+
+    Returns:
+        How many records there are in every local dataset that was read to its end, by name.
 
     Raises:
-        UserError: a file is missing or empty, a record cannot be used, or there is no model in the model's folder.
+        UserError: a file is missing or empty, a record cannot be used, there is no model in the model's folder, or one
+            that could not be saved.
     """
     from convexlm.instructions import load_records
 
     # A stream may be larger than memory: of it the first record has to do.
-    limit = 1 if recipe.data.get("streaming") else recipe.data.get("max_records")
-    for _, dataset in datasets_of(recipe):
-        here = isinstance(dataset, str) and Path(dataset).exists()
-        if here and (Path(dataset).is_file() or not recipe.data.get("streaming")):
-            load_records(dataset, template=recipe.data.get("template", "alpaca"), max_records=limit)
-        elif (
-            isinstance(dataset, str)
-            and not here
-            and (Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../")))
+    streaming = recipe.data.get("streaming")
+    template, limit = recipe.data.get("template", "alpaca"), recipe.data.get("max_records")
+    counted = {}
+    named = [
+        ("data.dataset" if arm is None else f"arm `{arm.name}`: dataset", one) for arm, one in datasets_of(recipe)
+    ]
+    for where, dataset in [*named, ("data.eval_dataset", recipe.data.get("eval_dataset"))]:
+        if isinstance(dataset, dict):
+            check_generated(dataset)
+        if not isinstance(dataset, str):
+            continue
+        first_only = streaming and where != "data.eval_dataset"
+        if Path(dataset).is_file() or (Path(dataset).exists() and not first_only):
+            found = len(load_records(dataset, template=template, max_records=1 if first_only else limit))
+            if not first_only:
+                counted[dataset] = found
+        elif not Path(dataset).exists() and (
+            Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
         ):
-            raise UserError(f"data.dataset {dataset}: no such file")
+            raise UserError(f"{where} {dataset}: no such file")
+    if recipe.model.get("tokenizer") == "tinyworld" and not isinstance(recipe.data["dataset"], dict):
+        raise UserError(NO_CORPUS)
     model = recipe.model.get("model_name_or_path")
-    if model and Path(model).exists() and not (Path(model) / "config.json").is_file():
-        raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
+    if model and Path(model).exists():
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
+        _check_generation_config(Path(model))
     read_instruction(recipe)
+    return counted
+
+
+def _check_generation_config(model: Path) -> None:
+    """See that a model's generation config is one that transformers will save with the checkpoints."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    file = model / "generation_config.json"
+    if not file.is_file():
+        return
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        GenerationConfig.from_pretrained(str(model)).validate(strict=True)
+    except (ValueError, TypeError, OSError) as error:
+        found = re.findall(r"^- `(\w+)`: `do_sample` is not", str(error), re.MULTILINE)
+        reason = " ".join(str(error).split("\n- ")[-1].split())[:160]
+        if found:
+            reason = f"it sets {' and '.join(found)} without sampling; set `do_sample` to true there, or take them out"
+        raise UserError(f"{file}: not valid, so no checkpoint could be saved: {reason}") from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def check_trainings(
+    recipe: Recipe, trainings: Sequence[tuple[TrainedRun, dict[str, Any]]], counted: Mapping[str, int], processes: int
+) -> None:
+    """Build the options of every arm, and see that it will leave the checkpoints that the recipe decodes.
+
+    Args:
+        recipe: the recipe.
+        trainings: every run with its options.
+        counted: records of datasets, as `check_files` returns them.
+        processes: how many train together.
+
+    Raises:
+        UserError: a value that an option cannot have, no checkpoints, or none at a step of `decode.checkpoints`.
+    """
+    arms: set[str] = set()
+    for run, options in trainings:
+        if run.arm in arms:  # with another seed
+            continue
+        arms.add(run.arm)
+        try:
+            with _as_it_was():
+                _check_training(recipe, run, options, counted.get(str(options["dataset"])), processes)
+        except UserError as error:
+            raise UserError(f"arm `{run.arm}`: {error}") from None
+
+
+def _check_training(
+    recipe: Recipe, run: TrainedRun, options: Mapping[str, Any], records: int | None, processes: int
+) -> None:
+    from convexlm.verbs.train import build_options
+
+    # No device is taken here, and none is needed to tell.
+    other = {key: value for key, value in options.items() if key not in ("deepspeed", "tf32")}
+    data, _, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
+    if _word(config.save_strategy) == "no":
+        raise UserError("`save_strategy: no` leaves no checkpoint to decode")
+    if _word(config.eval_strategy) != "no" and not data.eval_dataset:
+        raise UserError("`eval_strategy` needs `data.eval_dataset`")
+    if data.streaming and config.max_steps <= 0:
+        raise UserError("`data.streaming` needs `max_steps`: a stream does not say how long it is")
+    wanted = recipe.decode["checkpoints"]
+    if isinstance(wanted, list) and recipe.arm(run.arm).decode:
+        for step in wanted:
+            if said := _why_never_saved(step, config, records, processes):
+                raise UserError(f"decode.checkpoints: {run.name} will have no checkpoint at step {step} ({said})")
+
+
+def _why_never_saved(step: int, config: Any, records: int | None, processes: int) -> str | None:
+    """Why a training will not leave a checkpoint at a step; None where it will, or may."""
+    from convexlm.plan_training import checkpoint_steps, saved_steps, steps_of_epoch
+
+    if config.max_steps > 0:
+        epoch = None if records is None or config.packing else steps_of_epoch(config, records, processes)
+        saved = saved_steps(config, config.max_steps, epoch)
+        if saved and step not in saved:
+            return f"it saves at {_listed(saved)}"
+        kept = checkpoint_steps(config, config.max_steps, epoch)
+        return None if not saved or step in kept or config.load_best_model_at_end else f"it keeps {_listed(kept)}"
+    if records is None or config.packing:
+        return None
+    epoch = steps_of_epoch(config, records, processes)
+    last = math.ceil(config.num_train_epochs * epoch)
+    if step > last:
+        return f"it takes {last} steps"
+    # Records without room for an answer are dropped, so the last step may come sooner, but hardly by half.
+    if _word(config.save_strategy) == "steps" and config.save_steps >= 1 and step % config.save_steps:
+        return f"it saves every {config.save_steps:g} steps" if 2 * step < last else None
+    return None
+
+
+def _word(strategy: Any) -> str:
+    return str(getattr(strategy, "value", strategy))
+
+
+def _listed(steps: Sequence[int]) -> str:
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", shown[-1]])
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Give the environment back as it is: training options write into it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

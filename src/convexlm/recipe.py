@@ -224,6 +224,11 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
         start = entry.get("init_from")
         if start is not None and start not in [arm.name for arm in made]:
             raise wrong(f"arm `{name}`: `init_from: {start}` names no arm that comes before it")
+        if start is not None and raw["model"].get("use_peft"):
+            raise wrong(
+                f"arm `{name}`: `init_from` needs a whole model, but with `model.use_peft` arm `{start}` leaves an "
+                "adapter; export its checkpoint, and begin another recipe with `model_name_or_path` there"
+            )
         options = {**raw["train"], **{key: value for key, value in entry.items() if key not in ARM_KEYS}}
         if "objective" not in options:
             raise wrong(f"arm `{name}`: `objective` is missing; give mle, convex, power, ...")

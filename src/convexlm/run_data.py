@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from convexlm.runs import RunFolder
     from convexlm.testsets import TestSet
 
+NO_CORPUS = "model.tokenizer: `tinyworld` is trained on a generated corpus; give data.dataset {kind: tinyworld}"
+
 
 def prepare_data(recipe: Recipe, folder: RunFolder) -> str:
     """Write what the recipe generates (a corpus, its tokenizer, a new model's config); says what was done."""
@@ -64,6 +66,30 @@ def dataset_of(recipe: Recipe, folder: RunFolder, arm: Arm) -> str:
     return str(dataset_file(recipe, folder, arm if own else None)) if isinstance(dataset, dict) else str(dataset)
 
 
+def check_generated(spec: dict[str, Any]) -> None:
+    """See that a mapping in place of a dataset describes one.
+
+    Raises:
+        UserError: it does not.
+    """
+    from convexlm.tinyworld import DIRECTIONS
+
+    known = {"kind", "directions", "size", "seed", "noise"}
+    if spec.get("kind") != "tinyworld" or set(spec) - known:
+        raise UserError(
+            f"data.dataset: {spec} is not understood; generated data is {{kind: tinyworld, {sorted(known)}}}"
+        )
+    directions = spec.get("directions", ["en-de"])
+    if not isinstance(directions, list) or not directions:
+        raise UserError(f"data.dataset: `directions` is a list such as [en-de], not {directions!r}")
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise UserError(f"data.dataset: tinyworld has no direction {direction}; it has: {', '.join(DIRECTIONS)}")
+    for key, kinds in (("size", int), ("seed", int), ("noise", (int, float))):
+        if key in spec and (isinstance(spec[key], bool) or not isinstance(spec[key], kinds)):
+            raise UserError(f"data.dataset: `{key}` is a number, not {spec[key]!r}")
+
+
 def generate(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """The records that a mapping in place of a dataset describes.
 
@@ -72,17 +98,10 @@ def generate(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """
     from random import Random
 
-    from convexlm.tinyworld import DIRECTIONS, records, sample_corpus
+    from convexlm.tinyworld import records, sample_corpus
 
-    known = {"kind", "directions", "size", "seed", "noise"}
-    if spec.get("kind") != "tinyworld" or set(spec) - known:
-        raise UserError(
-            f"data.dataset: {spec} is not understood; generated data is {{kind: tinyworld, {sorted(known)}}}"
-        )
+    check_generated(spec)
     directions = spec.get("directions", ["en-de"])
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise UserError(f"data.dataset: tinyworld has no direction {direction}; it has: {', '.join(DIRECTIONS)}")
     size, seed, noise = spec.get("size", 20000), spec.get("seed", 1), spec.get("noise", 0.0)
     try:
         rows = [
@@ -102,9 +121,7 @@ def _train_tokenizer(recipe: Recipe, folder: RunFolder) -> None:
 
     path = dataset_file(recipe, folder, None)
     if not path.exists():
-        raise UserError(
-            "model.tokenizer: `tinyworld` is trained on a generated corpus; give data.dataset {kind: tinyworld}"
-        )
+        raise UserError(NO_CORPUS)
     texts = [text for row in read_jsonl(path) for text in (row["input"], row["output"])]
     tokenizer = train_tokenizer(texts, template=recipe.data.get("template", "alpaca"))
     staging = folder.data / ".tokenizer"

@@ -1,0 +1,128 @@
+"""Mistakes that would show after hours of training are told before a run folder is begun, by a dry run too."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from convexlm import pipeline
+from convexlm.errors import UserError
+from convexlm.pipeline import run_recipe
+from convexlm.plan import make_plan
+from convexlm.recipe import Recipe, load_recipe
+from pipeline_helpers import recipe_with, write_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def load(tmp_path: Path, **changes: Any) -> Recipe:
+    return load_recipe(write_recipe(tmp_path, recipe_with(**changes)))
+
+
+def complaint(tmp_path: Path, recipe: Recipe) -> str:
+    """What a run says, which a dry run says, too; neither leaves a trace."""
+    before = dict(os.environ)
+    told = []
+    for call in (run_recipe, make_plan):
+        with pytest.raises(UserError) as error:
+            call(recipe, tmp_path / "run")
+        told.append(str(error.value))
+        assert not (tmp_path / "run").exists() and dict(os.environ) == before
+    assert told[0] == told[1] and "\n" not in told[0]
+    return told[0]
+
+
+def with_file(tmp_path: Path, count: int, **changes: Any) -> Recipe:
+    """One arm that is trained on so many records of a file."""
+    rows = [{"instruction": "Say it.", "input": str(number), "output": "it"} for number in range(count)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    own = {"data": {"dataset": str(tmp_path / "data.json")}, "model__tokenizer": "nobody/needs-it"}
+    arms = {"mle": {"objective": "mle"}}
+    return load(tmp_path, **{**own, "arms": arms, "train__max_steps": None, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms__convex__lr_scheduler_type": "cosin"}, "arm `convex`: cosin is not a valid SchedulerType"),
+        ({"arms__convex__learning_rate": -1.0}, "arm `convex`: --learning_rate must not be negative"),
+        ({"train__save_strategy": "no"}, "arm `base`: `save_strategy: no` leaves no checkpoint to decode"),
+        ({"train__eval_strategy": "steps"}, "arm `base`: `eval_strategy` needs `data.eval_dataset`"),
+        ({"data__eval_dataset": "nosuch.jsonl"}, "data.eval_dataset nosuch.jsonl: no such file"),
+        ({"arms__mle__dataset": "nosuch.jsonl"}, "arm `mle`: dataset nosuch.jsonl: no such file"),
+        ({"data__dataset__directions": ["en-xx"]}, "data.dataset: tinyworld has no direction en-xx"),
+        ({"data__dataset__size": "10"}, "data.dataset: `size` is a number, not '10'"),
+        (
+            {"decode__checkpoints": [3, 4]},
+            "arm `mle`: decode.checkpoints: mle.seed1 will have no checkpoint at step 4 (it saves at 3, 6)",
+        ),
+        (
+            {"decode__checkpoints": [3], "train__save_total_limit": 1},
+            "mle.seed1 will have no checkpoint at step 3 (it keeps 6)",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_the_folder_is_begun(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert said in complaint(tmp_path, load(tmp_path, **changes))
+
+
+def test_steps_are_told_from_the_records_where_it_is_certain(tmp_path: Path) -> None:
+    # 80 records in batches of 8, 3 epochs: 30 steps, or fewer where records are dropped.
+    steps = {"train__save_steps": 4}
+    said = complaint(tmp_path, with_file(tmp_path, 80, decode__checkpoints=[31], **steps))
+    assert "no checkpoint at step 31 (it takes 30 steps)" in said
+    said = complaint(tmp_path, with_file(tmp_path, 80, decode__checkpoints=[9], **steps))
+    assert "no checkpoint at step 9 (it saves every 4 steps)" in said
+    for possible in ([4, 8], [29], [30]):
+        recipe = with_file(tmp_path, 80, decode__checkpoints=possible, **steps)
+        runs = [
+            (run, pipeline.train_options(recipe, pipeline.RunFolder(tmp_path / "run"), run)) for run in _runs(recipe)
+        ]
+        pipeline.check_trainings(recipe, runs, pipeline.check_files(recipe), 1)
+
+
+def _runs(recipe: Recipe) -> Any:
+    return pipeline.trained_runs(recipe)
+
+
+def test_the_tinyworld_tokenizer_needs_a_corpus(tmp_path: Path) -> None:
+    recipe = with_file(tmp_path, 8, model__tokenizer="tinyworld", decode__checkpoints="last")
+    assert "`tinyworld` is trained on a generated corpus" in complaint(tmp_path, recipe)
+
+
+def test_an_arm_cannot_start_from_another_arms_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arm `mle`: `init_from` needs a whole model, but with `model.use_peft` arm"):
+        load(tmp_path, model__use_peft=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"temperature": 0.9, "top_p": 0.6},
+            "it sets temperature and top_p without sampling; set `do_sample` to true",
+        ),
+        ({"max_new_tokens": -1}, "not valid, so no checkpoint could be saved: "),
+    ],
+)
+def test_a_model_that_could_not_be_saved_is_told(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(config))
+    model = {"model": {"model_name_or_path": str(base), "tokenizer": "x"}, "decode__checkpoints": "last"}
+    message = complaint(tmp_path, with_file(tmp_path, 8, **model))
+    assert message.startswith(f"{file}: ") and said in message
+    file.write_text(json.dumps({"temperature": 0.9, "do_sample": True}))
+    assert pipeline.check_files(with_file(tmp_path, 8, **model)) == {str(tmp_path / "data.json"): 8}
