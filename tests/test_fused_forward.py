@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import peft
@@ -21,7 +22,7 @@ from convexlm import ConvexConfig, ConvexTrainer, fused_forward
 from convexlm.collator import ROW, WEIGHT
 from convexlm.fused_forward import HeadCall, add_fused_objective
 from convexlm.objectives import get_objective, merge_statistics
-from trainer_helpers import assert_same_weights, logged, trained
+from trainer_helpers import assert_same_weights, logged, make, trained
 from training_helpers import STATISTICS, environment, rows, tiny_model
 
 CONVEX = get_objective("convex", k=0.5)
@@ -40,6 +41,7 @@ SMALL = {
     "initializer_range": 0.2,
 }
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
@@ -56,6 +58,8 @@ FAMILIES = {
     "gpt_neox": {},
     "olmo2": {},
     "mixtral": {"output_router_logits": True, **EXPERTS},
+    "granitemoe": {"output_router_logits": True, **LOCAL},
+    "phimoe": {"output_router_logits": True, **LOCAL},
     "qwen3_moe": {"output_router_logits": True, "decoder_sparse_step": 1, **EXPERTS},
 }
 
@@ -101,7 +105,7 @@ def test_a_familys_loss_and_gradients_are_those_of_its_own_logits(name):
     inputs, labels = batch()
     own = model(**inputs)
     wanted = from_logits(own.logits, labels)
-    experts = name in ("mixtral", "qwen3_moe")
+    experts = "output_router_logits" in FAMILIES[name]
     total = wanted.loss + (own.aux_loss if experts else 0)
     wanted_gradients = gradients(total, model)
     add_fused_objective(model)
@@ -140,6 +144,15 @@ def test_transformers_still_has_what_is_relied_on():
 
     names = list(inspect.signature(load_balancing_loss_func).parameters)
     assert names[:4] == ["gate_logits", "num_experts", "top_k", "attention_mask"], f"aux loss now takes {names}"
+
+
+def test_experts_that_cannot_be_counted_are_refused(tmp_path, monkeypatch):
+    model = family("qwen3_moe")
+    odd = types.SimpleNamespace(model_type="odd", num_experts_per_tok=2)
+    monkeypatch.setattr("convexlm.trainer.experts_of", lambda _: fused_forward.experts_of(odd))
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.0"):
+        make(tmp_path, rows(4), model=model)
+    make(tmp_path, rows(4), model=model, router_aux_loss_coef=0.0)
 
 
 def test_models_without_a_linear_head_are_refused():

@@ -283,12 +283,27 @@ def _is_sharded(weight: Any) -> bool:
     return tensors is not None and isinstance(weight, tensors.DTensor)
 
 
+def experts_of(text_config: Any) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token goes to, by the names that configs have for it.
+
+    Raises:
+        ValueError: the config has none of them, so there is no load-balancing loss.
+    """
+    found = [getattr(text_config, name, None) for name in ("num_experts", "num_local_experts")]
+    experts, chosen = next((x for x in found if x), None), getattr(text_config, "num_experts_per_tok", None)
+    if experts is None or chosen is None:
+        raise ValueError(
+            f"the load-balancing loss of {text_config.model_type} is not known: its config says neither `num_experts` "
+            "nor `num_local_experts` with `num_experts_per_tok`; train without it, with `router_aux_loss_coef=0.0`"
+        )
+    return experts, chosen
+
+
 def _aux_loss(text_config: Any, backbone: Any, mask: Tensor | None) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     return load_balancing_loss_func(
         backbone.router_logits,
-        text_config.num_experts,
-        text_config.num_experts_per_tok,
+        *experts_of(text_config),
         mask,  # None where every token counts
     )

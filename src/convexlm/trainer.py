@@ -24,7 +24,7 @@ from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight,
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
-from convexlm.fused_forward import HeadCall, add_fused_objective, logit_transform
+from convexlm.fused_forward import HeadCall, add_fused_objective, experts_of, logit_transform
 from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.normalizer import count_targets
@@ -96,6 +96,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             )
         if self.padding_free:
             refuse_mixing(self, base)
+        if self.aux_loss_enabled:
+            experts_of(base.config.get_text_config())
         softcap = logit_transform(base.config.get_text_config())[1]
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
