@@ -289,6 +289,12 @@ def test_records_that_the_recipe_tells_are_of_its_own_dataset(tmp_path: Path) ->
     assert plan["train"][1]["records_from"] == "the hub was not asked"
 
 
+def test_runs_do_not_share_a_repository(tmp_path: Path) -> None:
+    pushed = {"train__max_steps": 2, "train__push_to_hub": True, "train__hub_model_id": "me/model"}
+    with pytest.raises(UserError, match="`hub_model_id: me/model`: .* would be pushed to the same repository"):
+        make_plan(load(tmp_path, **pushed), tmp_path / "run")
+
+
 def test_quantized_weights_are_trained_through_an_adapter_only(tiny_llama: Path, tmp_path: Path) -> None:
     from convexlm.plan_training import plan_training
     from convexlm.training import DataOptions

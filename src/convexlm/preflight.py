@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+from convexlm.hub import refuse_shared_repository
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.sweep import read_instruction
 from convexlm.testsets import TestSet, load_test_set
@@ -138,8 +139,10 @@ def check_trainings(
         processes: how many train together.
 
     Raises:
-        UserError: a value that an option cannot have, no checkpoints, or none at a step of `decode.checkpoints`.
+        UserError: a value that an option cannot have, no checkpoints, or none at a step of `decode.checkpoints`, or
+            several runs that would be pushed to one repository.
     """
+    refuse_shared_repository((run.name, options) for run, options in trainings)
     arms: set[str] = set()
     for run, options in trainings:
         if run.arm in arms:  # with another seed
