@@ -152,6 +152,7 @@ gradient_checkpointing: false
 use_cpu: true
 bf16: false
 report_to: [none]
+use_peft: true
 lora_target_modules: [q_proj, v_proj]
 warmup_steps: 0.03
 """,

@@ -90,6 +90,10 @@ def test_new_model_then_its_checkpoint_then_lora_then_resume(files, tmp_path, ca
         ({"max_length": 1}, "max_length"),
         ({"max_records": 0}, "max_records"),
         ({"model_name_or_path": "both"}, "not both"),
+        ({"resume_from_checkpoint": "nosuch"}, "--resume_from_checkpoint: not heeded"),
+        ({"lora_r": 8, "lora_target_modules": ["q_proj"]}, "--lora_r: without --use_peft true there is no adapter"),
+        ({"lora_target_modules": ["q_proj"]}, "--lora_target_modules: without --use_peft true"),
+        ({"use_dora": True}, "--use_dora: without --use_peft true"),
     ],
     ids=str,
 )

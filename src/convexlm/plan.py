@@ -20,7 +20,7 @@ from convexlm.plan_training import (
 )
 from convexlm.preflight import check_files, check_trainings
 from convexlm.runs import RunFolder, trained_runs
-from convexlm.testsets import NotAtHandError, load_test_set
+from convexlm.testsets import NotAtHandError, load_test_set, name_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,7 +189,7 @@ def _set_sizes(specs: Sequence[dict[str, Any]]) -> list[tuple[str, str, int | No
             try:
                 test_set = load_test_set(spec, pair, Path.cwd())
             except NotAtHandError:
-                sizes.append((spec["name"], pair, None))
+                sizes.append((name_in_files(spec["name"]), pair, None))
             else:
                 sizes.append((test_set.name, pair, len(test_set.sources)))
     return sizes

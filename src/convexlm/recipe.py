@@ -1,7 +1,8 @@
 """Recipes: one YAML file says a whole experiment. Read, checked to the last key, and resolved here.
 
     name: smoke
-    vars: {data_dir: ../shared/data}           # ${data_dir} anywhere below; `--set vars.data_dir=...` changes it
+    vars: {data_dir: ../shared/data}           # ${data_dir} anywhere below, in other vars too; alone in a value it keeps
+                                               # its type; `--set vars.data_dir=...` changes it, to the text as it stands
     seeds: [1, 2]                              # every arm is trained once a seed
     plugins: [my_objectives.py]                # modules of your own to import first
     model: {model_name_or_path: ..., tokenizer: ..., config: {...}, use_peft: false, ...}
@@ -39,6 +40,7 @@ from convexlm.recipe_types import as_mapping, check_types
 from convexlm.redaction import find_secret
 from convexlm.selection import check_selection
 from convexlm.templates import get_template, split_pair
+from convexlm.testsets import name_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -305,8 +307,10 @@ def _check_test_sets(test_sets: Any, wrong: Any, seen: set[tuple[str, str]]) -> 
             "`test_sets` is missing: a list such as [{name: newstest, pairs: [de-en], sources: ..., references: ...}]"
         )
     for entry in test_sets:
-        if not isinstance(entry, dict) or not NAME.fullmatch(str(entry.get("name", ""))):
-            raise wrong("each of `test_sets` is a mapping with a `name` of letters, digits, `.`, `_`, `+` or `-`")
+        if not isinstance(entry, dict):
+            raise wrong("each of `test_sets` is a mapping such as {name: newstest, pairs: [de-en], sources: ...}")
+        _in_recipe("test_sets", partial(name_in_files, entry.get("name")), wrong)
+        name = name_in_files(entry["name"])
         pairs = entry.get("pairs")
         if isinstance(pairs, str):
             pairs = entry["pairs"] = [pairs]
@@ -314,9 +318,9 @@ def _check_test_sets(test_sets: Any, wrong: Any, seen: set[tuple[str, str]]) -> 
             raise wrong(f"test set `{entry['name']}`: `pairs` is missing, such as [de-en, en-de]")
         for pair in pairs:
             _in_recipe(f"test_sets.{entry['name']}.pairs", partial(split_pair, pair), wrong)
-            if (entry["name"], pair) in seen:
+            if (name, pair) in seen:
                 raise wrong(f"test set `{entry['name']}` has the pair {pair} twice")
-            seen.add((entry["name"], pair))
+            seen.add((name, pair))
     return tuple(test_sets)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LAZY_KINDS = {"summarization": "convexlm.testsets_summarization", "tinyworld": "convexlm.tinyworld.testset"}
 _COMMON_KEYS = ("name", "kind", "skip", "limit", "pairs")
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]*")
 _KINDS: dict[str, tuple[Loader, tuple[str, ...] | None]] = {}
 
 
@@ -98,9 +99,8 @@ def load_test_set(spec: Mapping[str, Any], pair: str, base_dir: str | Path = "."
     """
     from convexlm.templates import split_pair
 
-    name = spec.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", name) or ".." in name:
-        raise UserError(f"test set: `name` must be letters, digits, `_`, `-` or `.`, not {name!r}")
+    name = str(spec.get("name"))
+    in_files = name_in_files(spec.get("name"))
     split_pair(pair)
     skip, limit = spec.get("skip"), spec.get("limit")
     for key, value, least in (("skip", skip, 0), ("limit", limit, 1)):
@@ -113,7 +113,23 @@ def load_test_set(spec: Mapping[str, Any], pair: str, base_dir: str | Path = "."
         raise UserError(f"test set `{name}`, {pair}: there is no sentence in it")
     if skip and skip >= len(test_set.sources):
         raise UserError(f"test set `{name}`, {pair}: `skip: {skip}` leaves none of its {len(test_set.sources)} lines")
+    # Another kind's function may have given it a name of its own.
+    test_set = dataclasses.replace(test_set, name=in_files if test_set.name == name else test_set.name)
     return part_of(test_set, skip or 0, limit)
+
+
+def name_in_files(name: Any) -> str:
+    """A test set's name as files and results have it: sacreBLEU's `wmt14/full` is `wmt14_full` there.
+
+    Raises:
+        UserError: it is no name.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            "test set: `name` must be letters, digits, `.`, `_`, `+`, `-` or `/`, beginning with one of the first "
+            f"two, not {name!r}"
+        )
+    return name.replace("/", "_")
 
 
 def part_of(test_set: TestSet, skip: int = 0, limit: int | None = None) -> TestSet:

@@ -39,8 +39,14 @@ UNHEEDED = {
     "dataset_kwargs": "use ConvexTrainer in a script",
     "eos_token": "set it in the tokenizer",
     "pad_token": "set it in the tokenizer",
+    "resume_from_checkpoint": "--resume goes on from the last complete checkpoint in --output_dir",
 }
 SAME_ANYWAY = {("completion_only_loss", True)}
+# Of TRL's model options those that say how an adapter is made.
+OF_ADAPTERS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
+)
 
 
 class TrainParser(HfArgumentParser, VerbParser):
@@ -149,6 +155,7 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
             raise UserError(str(error).split("\n")[0]) from None
     data, model_options, config = made
     _refuse_unheeded(config)
+    _refuse_half_an_adapter(model_options)
     if data.max_records is not None and data.max_records < 1:
         raise UserError(f"--max_records must be at least 1, not {data.max_records}")
     if config.learning_rate < 0:
@@ -166,6 +173,16 @@ def _refuse_unheeded(config: ConvexConfig) -> None:
             raise UserError(f"--{name}: not heeded by `convexlm train` and recipes; {instead}")
 
 
+def _refuse_half_an_adapter(options: ModelConfig) -> None:
+    """Options of an adapter without `use_peft`, under which all weights would be trained: sooner an error."""
+    if options.use_peft:
+        return
+    plain = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    for name in OF_ADAPTERS:
+        if getattr(options, name) not in (plain[name], None):
+            raise UserError(f"--{name}: without --use_peft true there is no adapter; give that, or leave --{name} out")
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """What was written, and what to run next; or the plan."""
     if result.get("dry_run"):
@@ -173,7 +190,12 @@ def show(result: dict[str, Any], console: Console) -> None:
 
         show_training_plan(result, console)
         return
-    console.print(f"trained {result['steps']} steps on {result['records']} records in {result['seconds']:.0f} s")
+    if result["new_steps"]:
+        resumed = f"the last {result['new_steps']} of " if result["new_steps"] < result["steps"] else ""
+        spent = f"{result['records']} records in {result['seconds']:.0f} s"
+        console.print(f"trained {resumed}{result['steps']} steps on {spent}")
+    else:
+        console.print(f"nothing to do: all {result['steps']} steps were trained before")
     console.print(f"checkpoints in {result['output_dir']}: {', '.join(result['checkpoints'])}")
     chosen = result.get("best_checkpoint") or result["last_checkpoint"]
     if chosen:
