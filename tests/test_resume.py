@@ -308,6 +308,59 @@ def test_the_best_checkpoint_by_nll_has_the_smallest_and_is_what_to_decode(files
     assert f"--model_name_or_path {best} " in capfd.readouterr().out.replace("\n", " ")
 
 
+# -- another training in the same folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "mle"}, "the objective was convex, not mle"),
+        ({"objective": "dft"}, "level was sequence, not token"),
+        ({"k": 3.0}, "k was 1.0, not 3.0"),
+        ({"k_warmup": 0.5}, "k_warmup was 0.0, not 0.5"),
+        ({"add_bos": False}, "add_bos was True, not False"),
+        ({"max_length": 40}, "max_length was 48, not 40"),
+        ({"max_records": 20}, "max_records was unset, not 20"),
+        ({"dataset": "eval.jsonl"}, "the data was data.jsonl, not eval.jsonl"),
+        ({"dataset": "other/data.jsonl"}, "the data was an earlier data.jsonl, not as it is now"),
+    ],
+    ids=str,
+)
+def test_another_training_does_not_go_on_in_the_same_folder(files, copied, capfd, changes, said):
+    """Neither with steps left nor without."""
+    (files / "other").mkdir(exist_ok=True)
+    write_records(files / "other" / "data.jsonl", 25, seed=1)
+    if "dataset" in changes:
+        changes = {"dataset": files / changes["dataset"]}
+    before = sorted(path.name for path in copied.iterdir())
+    for steps in (8, 12):
+        assert train(copied, "--resume", **given(files, max_steps=steps, **changes)) == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+        assert said in line and "another --output_dir" in line
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
+def test_data_that_have_only_moved_go_on_and_older_markers_are_not_asked(files, undisturbed, copied, tmp_path):
+    shutil.rmtree(copied / "checkpoint-8")
+    shutil.copyfile(files / "data.jsonl", tmp_path / "data.jsonl")
+    assert train(copied, "--resume", **given(files, dataset=tmp_path / "data.jsonl")) == 0
+    assert_same_run(copied, undisturbed)
+    shutil.rmtree(copied / "checkpoint-8")
+    marker = json.loads((copied / "checkpoint-4" / COMPLETE_FILE).read_text())
+    del marker["training"]
+    (copied / "checkpoint-4" / COMPLETE_FILE).write_text(json.dumps(marker))
+    assert train(copied, "--resume", **given(files, max_records=20)) == 0
+
+
+def test_when_no_step_is_left_that_is_said(files, copied, capfd):
+    assert train(copied, "--resume", **given(files)) == 0
+    told = capfd.readouterr()
+    assert "nothing to do" in told.out and "nothing to do" in told.err and "trained 8 steps" not in told.out
+    shutil.rmtree(copied / "checkpoint-8")
+    assert train(copied, "--resume", **given(files)) == 0
+    assert "trained the last 4 of 8 steps" in capfd.readouterr().out
+
+
 # -- the order of the data
 
 

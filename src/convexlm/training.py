@@ -22,7 +22,7 @@ from convexlm.checkpoints import (
 from convexlm.errors import Stopped, UserError
 from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.progress import TrainProgress, note
-from convexlm.resuming import agreed_start, refuse_checkpoints
+from convexlm.resuming import agreed_start, refuse_checkpoints, training_marker
 from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def train_model(
         opening: what to say when data and model are ready, before the first step.
 
     Returns:
-        `output_dir`, `checkpoints`, `last_checkpoint`, `best_checkpoint` (by
-        `metric_for_best_model`, None without one), `steps`, `records`, `dropped`, `truncated`, `seconds`. Under
-        streaming, `records` counts the rows that the steps took, and `dropped` and `truncated` are None.
+        `output_dir`, `checkpoints`, `last_checkpoint`, `best_checkpoint` (by `metric_for_best_model`, None without
+        one), `steps`, `new_steps` (those of this call), `records`, `dropped`, `truncated`, `seconds`. Under streaming,
+        `records` counts the rows that the steps took, and `dropped` and `truncated` are None.
 
     Raises:
         UserError: data, model or options cannot be used, or the output folder holds checkpoints and `resume` is off.
@@ -121,7 +121,7 @@ def train_model(
     )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
     check_model(model_options, data)  # before the data, which may take long
-    train_dataset, counts = _training_rows(data, args, tokenizer, settings)
+    train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
     eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings).dataset if data.eval_dataset else None
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
@@ -142,10 +142,11 @@ def train_model(
         )
     )
     progress = _add_callbacks(trainer, title)
-    trainer.checkpoint_marker = {"prompt": asdict(settings), "objective": trainer.objective.to_dict()}
+    marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity)
+    trainer.checkpoint_marker = marker
     trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
     max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    last = agreed_start(args, output_dir, max_steps)
+    last = agreed_start(args, output_dir, max_steps, marker)
     if last is not None:
         _say(f"  {title}: going on from {last.name}")
         args.eval_on_start = False  # it was done
@@ -155,8 +156,10 @@ def train_model(
     if opening:
         _say(f"  {title}: {opening}")
     # Resumed at its very end, transformers' loop would train one step more before it looks.
-    steps = step_of(last) if last is not None else 0
-    if steps < max_steps:
+    before = steps = step_of(last) if last is not None else 0
+    if steps >= max_steps:
+        _say(f"  {title}: nothing to do: {last} is there, and the training has {max_steps} steps")
+    else:
         try:
             _run(trainer, last)
         finally:
@@ -173,6 +176,7 @@ def train_model(
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
         "best_checkpoint": best_checkpoint(checkpoints[-1]) if checkpoints else None,
         "steps": steps,
+        "new_steps": steps - before,
         **counts,
         "seconds": round(time.monotonic() - begun, 2),
     }
@@ -200,8 +204,9 @@ def _run(trainer: Any, last: Path | None) -> None:
 
 def _training_rows(
     data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings
-) -> tuple[Any, dict[str, Any]]:
-    """The dataset to train on, and what there is to say of it."""
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The dataset to train on, what there is to say of it, and what tells it from another (see `training_marker`)."""
+    identity = {"dataset": {"name": Path(data.dataset).name, "content": None}, "max_records": data.max_records}
     if data.streaming:
         from convexlm.streaming import RecordStream
 
@@ -218,13 +223,11 @@ def _training_rows(
         # Every process reads the stream and takes its rows: what one process would deal out has to be of one length.
         args.accelerator_config.dispatch_batches = False
         next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
-        return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}
+        return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity
     found = _prepared(data.dataset, data, args, tokenizer, settings)
-    return found.dataset, {
-        "records": len(found.dataset),
-        "dropped": found.dropped,
-        "truncated": found.truncated,
-    }
+    identity["dataset"] = {"name": Path(data.dataset).name, "content": found.source[1] if found.source else None}
+    counts = {"records": len(found.dataset), "dropped": found.dropped, "truncated": found.truncated}
+    return found.dataset, counts, identity
 
 
 def _prepared(name: str, data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings) -> Any:

@@ -54,12 +54,14 @@ class TrainingData:
         dropped: ids of the records whose prompt alone fills `max_length`.
         truncated: how many rows lost the end of their answer to `max_length`.
         from_cache: whether an earlier run had tokenized them.
+        source: name and hash of the data, as JSON has them; None if there is no hash.
     """
 
     dataset: Any
     dropped: list[str]
     truncated: int
     from_cache: bool
+    source: Any = None
 
 
 def prepare_data(
@@ -91,14 +93,15 @@ def prepare_data(
     check_max_records(max_records)
     check_max_length(max_length)
     settings = settings.resolve(tokenizer)
-    key = _cache_key(name, template, tokenizer, settings, max_length, max_records)
+    source = _data_hash(name)
+    key = _cache_key(source, template, tokenizer, settings, max_length, max_records)
     made = dict(tokenizer=tokenizer, settings=settings, max_length=max_length)
     root = _cache_root(cache_dir) if key else None
     if root is None:
         _temporary.append(tempfile.TemporaryDirectory(prefix="convexlm-data-", ignore_cleanup_errors=True))
         folder = Path(_temporary[-1].name)
         _build(folder / "rows", folder / "work", name, template, max_records, num_proc, made)
-        return _load(folder / "rows", from_cache=False)
+        return _load(folder / "rows", False, source)
     folder = root / str(key)
     with _held(root / f"{key}.lock"):  # of several processes one tokenizes, and the others find it done
         found = (folder / META_FILE).is_file()
@@ -111,14 +114,14 @@ def prepare_data(
                 (work / "rows").replace(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    return _load(folder, from_cache=found)
+    return _load(folder, found, source)
 
 
-def _load(folder: Path, *, from_cache: bool) -> TrainingData:
+def _load(folder: Path, from_cache: bool, source: Any) -> TrainingData:
     from datasets import load_from_disk
 
     meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-    return TrainingData(load_from_disk(str(folder)), meta["dropped"], meta["truncated"], from_cache)
+    return TrainingData(load_from_disk(str(folder)), meta["dropped"], meta["truncated"], from_cache, source)
 
 
 def _build(
@@ -242,7 +245,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _cache_key(
-    name: str,
+    data: Any,
     template: str,
     tokenizer: Any,
     settings: PromptSettings,
@@ -250,7 +253,7 @@ def _cache_key(
     max_records: int | None,
 ) -> str | None:
     """The hash of all that the rows depend on; None if some of it cannot be hashed."""
-    data, spelled, code = _data_hash(name), tokenizer_hash(tokenizer), _code_hash(template)
+    spelled, code = tokenizer_hash(tokenizer), _code_hash(template)
     if data is None or spelled is None or code is None:
         return None
     return json_sha256(
