@@ -122,7 +122,7 @@ def main() -> None:
     for beams in args.num_beams:
         for width in args.batch_sizes:
             search = Search(num_beams=beams, max_new_tokens=args.max_new_tokens)
-            job = DecodeJob(_test_set(args.num_sentences), search, Path("unused"), settings)
+            job = DecodeJob(_test_set(args.num_sentences), search, Path("unused.jsonl"), settings)
             new = _measure(engine, engine.encode(job.prompts(), settings), search, width, args.repeats, passes)
             print("\n".join(map(_line, new)), flush=True)
             rows += new

@@ -48,7 +48,7 @@ def make_tokenizer(pad: bool = True) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*make_job(Path("x")).prompts(), WORDS] * 3, trainer)
+    tokenizer.train_from_iterator([*make_job(Path("x.jsonl")).prompts(), WORDS] * 3, trainer)
     names = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -83,7 +83,7 @@ def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512)
         rows = []
         for _ in range(8):
             words = chance.choices(WORDS.split(), k=chance.randint(0, 9))
-            prompt = make_job(Path("x"), [" ".join(words)]).prompts()[0]
+            prompt = make_job(Path("x.jsonl"), [" ".join(words)]).prompts()[0]
             answer = " ".join(words[: chance.randint(0, 6)])
             rows.append(encode_record(tokenizer, Record(prompt=prompt, completion=answer), settings))
         width = max(len(prompt) + len(answer) for prompt, answer in rows)

@@ -370,7 +370,7 @@ def test_batches_hold_the_budget_and_every_sentence_once():
 def test_prompts_are_filled_from_the_instruction():
     from dataclasses import replace
 
-    job = make_job(Path("x"), ["  ein Haus \n", ""])
+    job = make_job(Path("x.jsonl"), ["  ein Haus \n", ""])
     with_input, without = job.prompts()
     assert "Translate the following sentences from English to German." in with_input
     assert "### Input:\nein Haus\n\n### Response:" in with_input
