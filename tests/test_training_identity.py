@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -48,24 +50,23 @@ class Home:
 
     def train(self, recipe: Recipe, *, interrupted: bool = False) -> list[str]:
         """The training stage; returns the names of what was trained."""
-
-        def train(options: dict[str, Any], name: str) -> dict[str, Any]:
-            checkpoint = self.folder.path / "train" / name / "checkpoint-3"
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / "config.json").write_text("{}")
-            (checkpoint / "model.safetensors").write_bytes(name.encode())
-            self.trained.append(name)
-            if interrupted:
-                raise KeyboardInterrupt
-            rest = {"steps": 3, "records": 1, "dropped": [], "truncated": 0, "seconds": 1.0}
-            return {"checkpoints": ["checkpoint-3"], **rest}
-
         before, hashes = len(self.trained), InputHashes()
-        runs = trained_runs(recipe)
+        runs, train = trained_runs(recipe), partial(self._train, interrupted=interrupted)
         pipeline._check_all_begun(recipe, self.folder, runs, hashes)
         for run in runs:
             pipeline._train(recipe, self.folder, run, run.name, train, hashes)
         return self.trained[before:]
+
+    def _train(self, options: dict[str, Any], name: str, *, interrupted: bool = False) -> dict[str, Any]:
+        checkpoint = self.folder.path / "train" / name / "checkpoint-3"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "model.safetensors").write_bytes(name.encode())
+        self.trained.append(name)
+        if interrupted:
+            raise KeyboardInterrupt
+        rest = {"steps": 3, "records": 1, "dropped": [], "truncated": 0, "seconds": 1.0}
+        return {"checkpoints": ["checkpoint-3"], **rest}
 
 
 @pytest.fixture
@@ -114,6 +115,22 @@ def test_what_has_not_changed_goes_on_also_in_a_moved_folder(home: Home) -> None
     home.folder.path.rename(home.path / "moved")
     home.folder = RunFolder(home.path / "moved")
     assert home.train(home.recipe()) == []
+
+
+def test_a_refused_recipe_leaves_the_folders_own(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_trainer", lambda recipe: nullcontext(home._train))
+    for stage in ("decode_stage", "_report"):
+        monkeypatch.setattr(pipeline, stage, lambda *given: None)
+    monkeypatch.setattr("convexlm.evaluation.evaluate", lambda *given: {})
+    small = {"data__dataset": str(home.data / "part1.jsonl"), "decode__checkpoints": "last"}
+    pipeline.run_recipe(home.recipe(**small), home.folder.path)
+    assert home.trained == ["mle", "convex"]
+    before = home.folder.recipe.read_bytes()
+    CHANGES["model"][0](home)
+    more = {**home.recipe().resolved["arms"], "dft": {"objective": "dft"}}
+    with pytest.raises(UserError, match="trained from another model"):
+        pipeline.run_recipe(home.recipe(**small, arms=more), home.folder.path)
+    assert home.folder.recipe.read_bytes() == before and home.trained == ["mle", "convex"]
 
 
 def test_the_start_of_an_arm_counts_by_its_weights(home: Home) -> None:

@@ -69,11 +69,11 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)
     with folder.lock():
+        runs, hashes = trained_runs(recipe), InputHashes()
+        _check_all_begun(recipe, folder, runs, hashes)  # before the folder takes what the recipe has got more
         folder.claim(recipe)
         note(f"[1/5] data  {prepare_data(recipe, folder)}")
         write_references(folder, [*test_sets, *validation_sets])
-        runs, hashes = trained_runs(recipe), InputHashes()
-        _check_all_begun(recipe, folder, runs, hashes)
         with _trainer(recipe) as train:
             for number, run in enumerate(runs, start=1):
                 _train(recipe, folder, run, f"[2/5] train {run.name} ({number} of {len(runs)})", train, hashes)
@@ -197,7 +197,10 @@ def _check_all_begun(recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRu
         start = recipe.arm(run.arm).init_from
         if start and not (folder.train(_start_of(recipe, start, run.seed)) / DONE_FILE).exists():
             continue
-        _check_begun(recipe, folder, run, train_options(recipe, folder, run), hashes, batch=waiting)
+        options = train_options(recipe, folder, run)
+        generated = Path(options["dataset"]).is_relative_to(folder.path)
+        if not generated or Path(options["dataset"]).exists():  # what is missing is generated anew, and looked at then
+            _check_begun(recipe, folder, run, options, hashes, batch=waiting)
 
 
 def _start_of(recipe: Recipe, arm: str, seed: int) -> TrainedRun:
