@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from convexlm.objectives import IGNORE_INDEX
 
 WEIGHT, ROW, RECORD = "token_weight", "row_index", "record_id"
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 # Of transformers' names of layers, those that see other tokens through a mask alone.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -98,13 +99,15 @@ def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
 
 
 def check_weight(weight: float) -> None:
-    """Refuse a record's weight that is negative or not finite.
+    """Refuse a record's weight that is negative, or not finite in float32.
 
     Raises:
         ValueError: if it is.
     """
     if not math.isfinite(weight) or weight < 0:
         raise ValueError(f"a record's `weight` must be a finite number of at least 0, not {weight}")
+    if weight > LARGEST_WEIGHT:
+        raise ValueError(f"a record's `weight` must be at most {LARGEST_WEIGHT:.4g} (float32's largest), not {weight}")
 
 
 def _lay_out(values: list[torch.Tensor], shape: torch.Size, flat: bool, filling: int = 0) -> torch.Tensor:

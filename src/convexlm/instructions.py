@@ -139,6 +139,7 @@ def _read_prefix_text(row: Mapping[str, Any], template: Template) -> Record:
 def _read_prompt_completion(row: Mapping[str, Any], template: Template) -> Record:
     if not isinstance(row.get("prompt"), list):
         return Record(_used_as_is(row, "prompt", template), _answer(row, "completion"))
+    _refuse_template_settings(row)
     answer = row.get("completion")
     if not isinstance(answer, list) or len(answer) != 1:
         raise UserError("`completion` must be a list of one message, as `prompt` is a list of messages")
@@ -149,7 +150,18 @@ def _read_prompt_completion(row: Mapping[str, Any], template: Template) -> Recor
 def _read_messages(row: Mapping[str, Any], template: Template) -> Record:
     if not isinstance(row["messages"], list):
         raise UserError(f"`messages` must be a list of messages, found {_kind(row['messages'])}")
+    _refuse_template_settings(row)
     return _from_messages(row["messages"], template, "messages")
+
+
+def _refuse_template_settings(row: Mapping[str, Any]) -> None:
+    """What TRL hands to the chat template beside the messages, and decoding would not have."""
+    for key in ("tools", "chat_template_kwargs"):
+        if row.get(key):
+            raise UserError(
+                f"`{key}` is not handed to the chat template here; write it into the messages, or train with "
+                "ConvexTrainer in a script"
+            )
 
 
 def _from_messages(messages: list[Any], template: Template, key: str) -> Record:
@@ -202,6 +214,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
+_LARGEST_WEIGHT = 3.4028234e38
+
+
 def _weight(row: Mapping[str, Any]) -> float:
     value = row.get("weight")
     if value is None:
@@ -214,6 +229,8 @@ def _weight(row: Mapping[str, Any]) -> float:
         weight = math.inf
     if not math.isfinite(weight) or weight < 0:
         raise UserError(f"`weight` must be finite and not below 0, found {value}")
+    if weight > _LARGEST_WEIGHT:
+        raise UserError(f"`weight` must be at most {_LARGEST_WEIGHT} (float32's largest number), found {value}")
     return weight
 
 

@@ -23,6 +23,7 @@ from convexlm.errors import Stopped, UserError
 from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.progress import TrainProgress, note
 from convexlm.resuming import agreed_start, refuse_checkpoints, training_marker
+from convexlm.training_checks import check_loader, check_rows, check_settings, check_weights
 from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class DataOptions:
         default=None,
         metadata={"help": "Begin with the BOS token; if unset, where the tokenizer has one that is not its EOS."},
     )
-    max_records: int | None = field(default=None, metadata={"help": "Use the first N records only."})
+    max_records: int | None = field(default=None, metadata={"help": "Train on the first N records only."})
     streaming: bool = field(
         default=False,
         metadata={
@@ -111,6 +112,7 @@ def train_model(
     if args.return_freed_memory and return_freed_memory(args.device.type):
         opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     output_dir = Path(str(args.output_dir))
+    check_settings(args, data)
     _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)
     tokenizer_source = data.tokenizer_name or model_options.model_name_or_path or data.config_name
@@ -122,7 +124,9 @@ def train_model(
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
     check_model(model_options, data)  # before the data, which may take long
     train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
-    eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings).dataset if data.eval_dataset else None
+    eval_dataset = None
+    if data.eval_dataset:  # the whole of it, whatever `max_records` says
+        eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings, None).dataset
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -145,7 +149,12 @@ def train_model(
     marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity)
     trainer.checkpoint_marker = marker
     trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
-    max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    for name, rows in ((data.dataset, train_dataset), (data.eval_dataset, eval_dataset)):
+        if rows is not None:
+            check_rows(rows, str(name), trainer.model, tokenizer, args)
+    loader = trainer.get_train_dataloader()
+    check_loader(loader, counts["records"], args)
+    max_steps = trainer.set_initial_training_values(args, loader)[-1]
     last = agreed_start(args, output_dir, max_steps, marker)
     if last is not None:
         _say(f"  {title}: going on from {last.name}")
@@ -224,13 +233,21 @@ def _training_rows(
         args.accelerator_config.dispatch_batches = False
         next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
         return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity
-    found = _prepared(data.dataset, data, args, tokenizer, settings)
+    found = _prepared(data.dataset, data, args, tokenizer, settings, data.max_records)
+    check_weights(found.dataset, data.dataset)
     identity["dataset"] = {"name": Path(data.dataset).name, "content": found.source[1] if found.source else None}
     counts = {"records": len(found.dataset), "dropped": found.dropped, "truncated": found.truncated}
     return found.dataset, counts, identity
 
 
-def _prepared(name: str, data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings) -> Any:
+def _prepared(
+    name: str,
+    data: DataOptions,
+    args: ConvexConfig,
+    tokenizer: Any,
+    settings: PromptSettings,
+    max_records: int | None,
+) -> Any:
     from convexlm.training_data import prepare_data
 
     found = prepare_data(
@@ -239,7 +256,7 @@ def _prepared(name: str, data: DataOptions, args: ConvexConfig, tokenizer: Any, 
         tokenizer,
         settings,
         args.max_length,
-        max_records=data.max_records,
+        max_records=max_records,
         num_proc=args.dataset_num_proc,
         cache_dir=data.dataset_cache_dir,
     )
@@ -275,6 +292,10 @@ def _as_user_errors(make: Any) -> Any:
         return make()
     except (ValueError, OSError, ImportError) as error:
         raise UserError(first_line(error)) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"{first_line(error)}; see --model_init_kwargs") from error
 
 
 def _add_callbacks(trainer: Any, title: str) -> TrainProgress:

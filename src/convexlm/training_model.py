@@ -35,6 +35,11 @@ def check_model(options: ModelConfig, data: DataOptions) -> None:
     path = Path(name)
     if path.exists():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(
+                    f"--model_name_or_path {name}: an adapter; merge it with its base first, with convexlm export "
+                    "--merge_adapter"
+                )
             raise UserError(f"--model_name_or_path {name}: no model there (config.json is missing)")
         if not list(path.glob("*.safetensors")):
             raise UserError(f"--model_name_or_path {name}: no weights in safetensors format there")

@@ -1,0 +1,218 @@
+"""What a training is told before its model is loaded, or before its first step, in place of an error in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from convexlm.errors import UserError
+from convexlm.training_model import first_line
+
+if TYPE_CHECKING:
+    from convexlm.config import ConvexConfig
+    from convexlm.training import DataOptions
+
+# What an evaluation measures, and so what can choose the best checkpoint.
+METRICS = (
+    *("loss", "nll", "weight_mean", "weight_min", "effective_sample_size", "token_accuracy", "entropy"),
+    "num_target_tokens",
+)
+AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    "pad_to_multiple_of",
+)
+_POSITIONS = re.compile(r"wpe|pos", re.IGNORECASE)
+
+
+def check_settings(args: ConvexConfig, data: DataOptions) -> None:
+    """See that options are what a training can be run with: values, packages, optimizer, schedule, evaluation.
+
+    Raises:
+        UserError: the first that is not, by its name.
+    """
+    _check_numbers(args)
+    _check_evaluation(args, data)
+    _check_packages(args)
+    _check_optimizer(args)
+    if args.activation_offloading and args.device.type == "cpu":
+        raise UserError(
+            "--activation_offloading moves activations from a GPU to the CPU, and there is none; leave it out"
+        )
+    given = args.gradient_checkpointing_kwargs
+    if isinstance(given, dict) and (unknown := sorted(set(given) - _checkpointing_names())):
+        raise UserError(
+            f"--gradient_checkpointing_kwargs: torch has no setting `{unknown[0]}` for it; it has "
+            f"{', '.join(sorted(_checkpointing_names()))}"
+        )
+
+
+def _check_numbers(args: ConvexConfig) -> None:
+    for name in AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if args.max_steps == 0:
+        raise UserError(
+            "--max_steps 0 trains nothing; give at least 1, or leave it out to train for --num_train_epochs"
+        )
+    if args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf:
+        raise UserError(f"--num_train_epochs must be finite and above 0, not {args.num_train_epochs}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name} must be finite and not negative, not {value}")
+    if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < math.inf:
+        raise UserError(f"--neftune_noise_alpha must be finite and not negative, not {args.neftune_noise_alpha}")
+
+
+def _check_evaluation(args: ConvexConfig, data: DataOptions) -> None:
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if data.eval_dataset and not evaluates and not args.eval_on_start:
+        raise UserError(
+            "--eval_dataset without --eval_strategy is never evaluated; give --eval_strategy steps or epoch, or "
+            "leave it out"
+        )
+    if not data.eval_dataset and (evaluates or args.eval_on_start):
+        name = "eval_strategy" if evaluates else "eval_on_start"
+        raise UserError(f"--{name} needs --eval_dataset: there are no data to evaluate on")
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        raise UserError(f"--metric_for_best_model {metric}: not measured; there are {', '.join(METRICS)}")
+
+
+def _check_packages(args: ConvexConfig) -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
+    for name in args.report_to or ():
+        callback = INTEGRATION_TO_CALLBACK.get(name)
+        try:
+            if callback is not None:
+                callback()
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"--report_to {name}: {first_line(error)}") from None
+
+
+def _check_optimizer(args: ConvexConfig) -> None:
+    """Make the optimizer and its schedule for one number, as the Trainer will for the model."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    name = str(getattr(args.optim, "value", args.optim))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer: Any = None
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([parameter], **settings)
+    except ImportError as error:
+        raise UserError(f"--optim {name}: {first_line(error)}") from None
+    except (ValueError, TypeError) as error:
+        if "pass a model" not in str(error):  # one that needs it is left to the Trainer
+            raise UserError(f"--optim {name} with its settings: {first_line(error)}") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
+    steps = 100
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=min(args.get_warmup_steps(steps), steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        raise UserError(
+            f"--lr_scheduler_type {schedule} with its --lr_scheduler_kwargs: {first_line(error)}"
+        ) from None
+
+
+def _checkpointing_names() -> set[str]:
+    from torch.utils.checkpoint import checkpoint
+
+    names = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
+    return names | {"preserve_rng_state"}
+
+
+# -- the rows and the model together
+
+
+def check_rows(dataset: Any, name: str, model: Any, tokenizer: Any, args: ConvexConfig) -> None:
+    """See that a model has an embedding for every token and every position of the rows to train on.
+
+    Args:
+        dataset: rows with `input_ids` and `weight`; of a stream the options alone are looked at.
+        name: what the data are called.
+        model: the model, wrapped by PEFT or not.
+        tokenizer: the rows' own.
+        args: the training options.
+
+    Raises:
+        UserError: it has not, or no record has a weight.
+    """
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    streamed = not hasattr(dataset, "__len__")
+    if known is not None and len(tokenizer) > known and not streamed:
+        largest = pc.max(pc.list_flatten(dataset.data.column("input_ids"))).as_py()
+        if largest >= known:
+            raise UserError(
+                f"{name}: the tokenizer makes the token {largest}, and the model has embeddings for {known} tokens; "
+                "give --tokenizer_name the model's own tokenizer"
+            )
+    limit = _learned_positions(model)
+    if limit is None:
+        return
+    longest = (args.max_length or math.inf) if streamed else _longest(dataset)
+    if longest > limit:
+        what = "records may be longer" if streamed else f"a record has {longest} tokens, more"
+        raise UserError(
+            f"{name}: {what} than the {limit} positions that the model has learned; give --max_length {limit} or less"
+        )
+
+
+def check_weights(dataset: Any, name: str) -> None:
+    """See that some record of a dataset with the column `weight` counts.
+
+    Raises:
+        UserError: all weights are 0.
+    """
+    if not pc.max(dataset.data.column("weight")).as_py():
+        raise UserError(f"{name}: every record has the weight 0, so there is nothing to train on")
+
+
+def check_loader(loader: Any, records: int | None, args: ConvexConfig) -> None:
+    """See that a data loader has a batch.
+
+    Raises:
+        UserError: there is none.
+    """
+    if records is not None and not len(loader):
+        raise UserError(
+            f"{records} records, packed or not, make no whole batch of {args.per_device_train_batch_size} on "
+            f"{args.world_size} processes, and --dataloader_drop_last drops the rest; leave it out, or take smaller "
+            "batches"
+        )
+
+
+def _longest(dataset: Any) -> int:
+    return int(pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py())
+
+
+def _learned_positions(model: Any) -> int | None:
+    """How many positions a model has learned an embedding for; None if they are computed."""
+    from torch.nn import Embedding
+
+    config = model.config.get_text_config()
+    learned = any(
+        isinstance(module, Embedding) and _POSITIONS.search(name.rsplit(".", 1)[-1])
+        for name, module in model.named_modules()
+        if module is not model.get_input_embeddings()
+    )
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if learned and isinstance(limit, int) else None
