@@ -32,7 +32,8 @@ def with_records(tmp_path: Path, count: int, **changes: Any) -> Recipe:
     (tmp_path / "data.json").write_text(json.dumps(rows))
     train = {"per_device_train_batch_size": 2, "report_to": "none", **changes}
     data = {"dataset": str(tmp_path / "data.json")}
-    return load(tmp_path, data=data, train=train, arms={"mle": {"objective": "mle"}})
+    # The tiny world's tokenizer is made of generated data.
+    return load(tmp_path, data=data, train=train, arms={"mle": {"objective": "mle"}}, model__tokenizer=None)
 
 
 CASES: list[tuple[int, dict[str, Any]]] = [
@@ -53,7 +54,6 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (13, {"num_train_epochs": 1.5, "save_strategy": "epoch"}),
     (13, {"max_steps": 10, "save_strategy": "epoch"}),
     (13, {"max_steps": 3, "save_strategy": "epoch"}),
-    (13, {"num_train_epochs": 1, "save_strategy": "no"}),
     (13, {"num_train_epochs": 2, "save_steps": 3, "save_total_limit": 2}),
 ]
 

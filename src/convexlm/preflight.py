@@ -149,7 +149,7 @@ def check_trainings(
             continue
         arms.add(run.arm)
         try:
-            with _as_it_was():
+            with _alone():
                 _check_training(recipe, run, options, counted.get(str(options["dataset"])), processes)
         except UserError as error:
             raise UserError(f"arm `{run.arm}`: {error}") from None
@@ -209,9 +209,12 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Give the environment back as it is: training options write into it."""
+def _alone() -> Iterator[None]:
+    """Hide a launcher's variables, for training options look for its processes, and undo what they set themselves."""
     before = dict(os.environ)
+    for name in before:
+        if name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") or name.startswith("ACCELERATE_"):
+            del os.environ[name]
     try:
         yield
     finally:
