@@ -95,6 +95,22 @@ def _runs(recipe: Recipe) -> Any:
     return pipeline.trained_runs(recipe)
 
 
+def test_what_only_this_machine_can_tell_is_no_matter_of_a_dry_run(tmp_path: Path) -> None:
+    given = {"arms__convex__lr_scheduler_kwargs": {"nosuch": 1}, "arms__convex__lr_scheduler_type": "cosine"}
+    recipe = load(tmp_path, **given)
+    with pytest.raises(UserError, match="arm `convex`: --lr_scheduler_type cosine with its --lr_scheduler_kwargs"):
+        run_recipe(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert make_plan(recipe, tmp_path / "run")["train"]
+
+
+def test_all_of_the_evaluation_data_are_read(tmp_path: Path) -> None:
+    rows = [{"instruction": "Say it.", "input": "", "output": "it"}, {"instruction": "no output"}]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset": str(tmp_path / "data.json"), "max_records": 1, "eval_dataset": str(tmp_path / "eval.jsonl")}
+    assert "eval.jsonl, line 2" in complaint(tmp_path, with_file(tmp_path, 8, data=data, decode__checkpoints="last"))
+
+
 def test_the_tinyworld_tokenizer_needs_a_corpus(tmp_path: Path) -> None:
     recipe = with_file(tmp_path, 8, model__tokenizer="tinyworld", decode__checkpoints="last")
     assert "`tinyworld` is trained on a generated corpus" in complaint(tmp_path, recipe)

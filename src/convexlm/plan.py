@@ -53,7 +53,8 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     recipe = folder.continued(recipe)
     runs = trained_runs(recipe)
     processes, sharding = _launch(recipe)
-    check_trainings(recipe, [(run, train_options(recipe, folder, run)) for run in runs], counted, processes)
+    trainings = [(run, train_options(recipe, folder, run)) for run in runs]
+    check_trainings(recipe, trainings, counted, processes, here=False)
     found: dict[str, Data] = {}
     trains = [_plan_arm(recipe, folder, run, processes, sharding, found) for run in runs]
     decode = _plan_decoding(recipe, folder, runs, trains)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from convexlm.recipe import Recipe
     from convexlm.runs import TrainedRun
 
+_OF_DEVICES = ("deepspeed", "tf32", "activation_offloading")
+
 
 def load_test_sets(recipe: Recipe) -> list[TestSet]:
     """Every (test set, pair) of a recipe, paths relative to the current folder.
@@ -85,10 +87,12 @@ def check_files(recipe: Recipe) -> dict[str, int]:
             check_generated(dataset)
         if not isinstance(dataset, str):
             continue
-        first_only = streaming and where != "data.eval_dataset"
+        evaluated = where == "data.eval_dataset"  # whole, whatever `max_records` says
+        first_only = streaming and not evaluated
         if Path(dataset).is_file() or (Path(dataset).exists() and not first_only):
-            found = len(load_records(dataset, template=template, max_records=1 if first_only else limit))
-            if not first_only:
+            most = None if evaluated else 1 if first_only else limit
+            found = len(load_records(dataset, template=template, max_records=most))
+            if not (first_only or evaluated):
                 counted[dataset] = found
         elif not Path(dataset).exists() and (
             Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
@@ -128,7 +132,12 @@ def _check_generation_config(model: Path) -> None:
 
 
 def check_trainings(
-    recipe: Recipe, trainings: Sequence[tuple[TrainedRun, dict[str, Any]]], counted: Mapping[str, int], processes: int
+    recipe: Recipe,
+    trainings: Sequence[tuple[TrainedRun, dict[str, Any]]],
+    counted: Mapping[str, int],
+    processes: int,
+    *,
+    here: bool = True,
 ) -> None:
     """Build the options of every arm, and see that it will leave the checkpoints that the recipe decodes.
 
@@ -137,6 +146,7 @@ def check_trainings(
         trainings: every run with its options.
         counted: records of datasets, as `check_files` returns them.
         processes: how many train together.
+        here: they will train on this machine, so that what they need has to be installed.
 
     Raises:
         UserError: a value that an option cannot have, no checkpoints, or none at a step of `decode.checkpoints`, or
@@ -150,18 +160,19 @@ def check_trainings(
         arms.add(run.arm)
         try:
             with _alone():
-                _check_training(recipe, run, options, counted.get(str(options["dataset"])), processes)
+                _check_training(recipe, run, options, counted.get(str(options["dataset"])), processes, here)
         except UserError as error:
             raise UserError(f"arm `{run.arm}`: {error}") from None
 
 
 def _check_training(
-    recipe: Recipe, run: TrainedRun, options: Mapping[str, Any], records: int | None, processes: int
+    recipe: Recipe, run: TrainedRun, options: Mapping[str, Any], records: int | None, processes: int, here: bool
 ) -> None:
+    from convexlm.training_checks import check_settings
     from convexlm.verbs.train import build_options
 
     # No device is taken here, and none is needed to tell.
-    other = {key: value for key, value in options.items() if key not in ("deepspeed", "tf32")}
+    other = {key: value for key, value in options.items() if key not in _OF_DEVICES}
     data, _, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
     if _word(config.save_strategy) == "no":
         raise UserError("`save_strategy: no` leaves no checkpoint to decode")
@@ -169,6 +180,8 @@ def _check_training(
         raise UserError("`eval_strategy` needs `data.eval_dataset`")
     if data.streaming and config.max_steps <= 0:
         raise UserError("`data.streaming` needs `max_steps`: a stream does not say how long it is")
+    if here:
+        check_settings(config, data)
     wanted = recipe.decode["checkpoints"]
     if isinstance(wanted, list) and recipe.arm(run.arm).decode:
         for step in wanted:
