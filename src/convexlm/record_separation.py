@@ -54,7 +54,7 @@ def refuse_mixing(trainer: Any, model: Any) -> None:
                 "could not run %s on packed records to see that they are kept apart (%s: %s); its source was read",
                 *(type(model).__name__, type(error).__name__, str(error).split("\n")[0]),
             )
-    else:
+    elif trainer.accelerator.is_main_process:
         logger.warning(
             "the weights are spread over processes, so whether %s keeps packed records apart was read from its source",
             type(model).__name__,
