@@ -148,8 +148,8 @@ def _attention(model: Any) -> str:
 def separates_in_its_source(model: Any) -> bool:
     """Whether the code of a model's backbone hands on where records begin, as far as reading it tells.
 
-    That is `position_ids` to each mask that it makes, and `seq_idx` or `cu_seq_lens_q` to layers other than attention. Flash attention
-    takes `position_ids` in its layers.
+    That is `position_ids` to each mask that it makes, and `seq_idx` or `cu_seq_lens_q` to layers other than attention.
+    Flash attention takes `position_ids` in its layers.
 
     Args:
         model: a causal model of transformers.

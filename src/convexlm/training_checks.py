@@ -115,6 +115,8 @@ def _check_optimizer(args: ConvexConfig) -> None:
     except (ValueError, TypeError) as error:
         if "pass a model" not in str(error):  # one that needs it is left to the Trainer
             raise UserError(f"--optim {name} with its settings: {first_line(error)}") from None
+    except RuntimeError:  # as of one for GPUs that does not take this number
+        pass
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
     steps = 100
