@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from convexlm.recipe import Recipe
 
-_training_identity = options_sha256  # as drivers of experiments that were started before ask for it
 Train = Callable[[dict[str, Any], str], dict[str, Any]]  # options and a name -> as `train_model` returns
 
 
