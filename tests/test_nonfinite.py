@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from convexlm import ConvexConfig, ConvexTrainer, cli
+from convexlm.checkpoints import complete_checkpoints
 from convexlm.errors import Stopped
 from convexlm.metrics_file import MetricsFile, read_metrics
 from convexlm.nonfinite import NonFiniteGuard
@@ -221,9 +222,7 @@ def test_the_command_line_ends_with_one_line_and_1(tmp_path, capsys, monkeypatch
     lines = [{"prompt": f"w{number} w1", "completion": "w2 w3"} for number in range(8)]
     lines[6]["prompt"] = f"w{POISON - 4}"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    import convexlm.training as training
-
-    monkeypatch.setattr(training, "_new_model", lambda *_: poisoned_model())
+    monkeypatch.setattr("convexlm.training_model._new_model", lambda *_: poisoned_model())
     options = words(config_name=tmp_path / "model", tokenizer_name=tmp_path / "model", dataset=tmp_path / "data.jsonl",
                     output_dir=tmp_path / "run", per_device_train_batch_size=1, save_steps=1,
                     train_sampling_strategy="sequential", max_steps=8)  # fmt: skip
@@ -232,7 +231,7 @@ def test_the_command_line_ends_with_one_line_and_1(tmp_path, capsys, monkeypatch
     assert out == "" and "Traceback" not in err
     last = err.rstrip().split("\n")[-1]
     assert last.startswith("convexlm train: step 7: loss nan") and "records data.jsonl:7;" in last
-    assert training.complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-6"
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "checkpoint-6"
     assert cli.main(["train", *TRAIN, *options, "--resume", "--skip_nonfinite_steps"]) == 0
     assert [line["skipped_steps"] for line in read_metrics(tmp_path / "run")[6:]] == [1, 1]
 
