@@ -60,7 +60,7 @@ def test_log_probabilities_equal_a_forward_pass_of_each_alone(checkpoint, test_s
 
 
 def test_measures_are_those_of_the_distributions_and_are_kept(checkpoint, test_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("convexlm.tinyworld.model_truth.SENTENCES", 4)  # of fifty there are fifty thousand translations
+    monkeypatch.setattr("convexlm.tinyworld.model_truth.SENTENCES", 4)  # fifty have fifty thousand translations
     cache = tmp_path / "truth.json"
     result = truth_of_checkpoint(checkpoint, test_set, cache)
     sources = test_set.sources[:4]
