@@ -81,6 +81,24 @@ def test_a_json_line_is_one_line_to_every_reader(tmp_path: Path, value: str) -> 
         assert value in line
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"a": 1,\n}', ", line 2: not valid JSON"),
+        ("[1]", ": expected a JSON object"),
+        ('{"a": ' + "9" * 5000 + "}", ": not valid JSON"),
+        ('{"a": ' + "[" * 100_000, ": not valid JSON"),
+    ],
+    ids=["syntax", "list", "digits", "depth"],
+)
+def test_a_file_that_is_no_json_object_is_one_line(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        files.read_json_object(path)
+    assert str(error.value).startswith(f"{path}{said}") and "\n" not in str(error.value)
+
+
 def test_json_lines_come_back(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"b": "x\ny"}, {}]
     files.write_jsonl(tmp_path / "x.jsonl", iter(rows))

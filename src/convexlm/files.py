@@ -120,6 +120,23 @@ def read_text(path: str | Path) -> str:
     return _decode(path, _read_bytes(path))
 
 
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
 def _read_bytes(path: str | Path) -> bytes:
     try:
         raw = Path(path).read_bytes()

@@ -8,8 +8,6 @@ one), streams that must be of one length, and the hashes of what was scored.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, read_lines, text_sha256
+from convexlm.packages import package_version
 from convexlm.version import __version__
 
 if TYPE_CHECKING:
@@ -381,12 +380,7 @@ def sacrebleu_seed(seed: int) -> Iterator[None]:
 def package_versions(metric: str) -> dict[str, str]:
     """The versions of the packages that a metric's score comes from."""
     package = "rouge-score" if metric.startswith("rouge") else "sacrebleu"
-    return {"convexlm": __version__, package: _version(package)}
-
-
-@functools.cache  # every score asks anew, and reading a package's metadata takes milliseconds
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
+    return {"convexlm": __version__, package: package_version(package)}
 
 
 def _details(result: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import read_text, write_atomic
+from convexlm.files import read_json_object, write_atomic
 from convexlm.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PromptSettings:
             UserError: there is such a file and it is no JSON object.
         """
         path = Path(folder) / SETTINGS_FILE
-        content = _read_settings(path) if path.exists() else {}
+        content = read_json_object(path) if path.exists() else {}
         content["prompt"] = {"template": self.template, "add_bos": self.add_bos}
         write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -98,7 +98,7 @@ class PromptSettings:
             UserError: there are none, or they are malformed.
         """
         path = Path(folder) / SETTINGS_FILE
-        prompt = _read_settings(path).get("prompt")
+        prompt = read_json_object(path).get("prompt")
         if not isinstance(prompt, dict):
             raise UserError(f"{path}: expected a key `prompt` with an object that has `template` and `add_bos`")
         unknown = ", ".join(sorted(set(prompt) - {"template", "add_bos"}))
@@ -108,16 +108,6 @@ class PromptSettings:
         if not isinstance(settings.template, str) or not isinstance(settings.add_bos, (bool, type(None))):
             raise UserError(f"{path}: `template` must be a name and `add_bos` true, false or null")
         return settings
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
 
 
 def encode_prompt(tokenizer: Any, prompt_text: Prompt, settings: PromptSettings) -> list[int]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from convexlm.errors import UserError
-from convexlm.files import file_sha256, json_sha256, read_text
+from convexlm.files import file_sha256, json_sha256, read_json_object
 
 # Everything that can change what a checkpoint answers; optimizer states and logs are not among it.
 _PATTERNS = (
@@ -67,7 +65,7 @@ def check_checkpoint(folder: Path) -> None:
     if is_adapter(folder):
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors)")
-        kind = str(_read_json(folder / "adapter_config.json").get("peft_type")).upper()
+        kind = str(read_json_object(folder / "adapter_config.json").get("peft_type")).upper()
         if kind in _VIRTUAL_TOKENS:
             raise UserError(
                 f"{folder}: adapters of the kind {kind} (virtual tokens) cannot be used here, where the base model's "
@@ -80,7 +78,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: not a checkpoint folder (it has no config.json){hint}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(_read_json(index).get("weight_map", {}).values())
+        shards = set(read_json_object(index).get("weight_map", {}).values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing or not shards:
             raise UserError(f"{folder}: weights missing ({', '.join(missing[:3]) or 'an empty index'})")
@@ -96,7 +94,7 @@ def base_of_adapter(folder: Path) -> Path:
     Raises:
         UserError: the adapter does not name one, or it cannot be found.
     """
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json_object(folder / "adapter_config.json")
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
         raise UserError(f"{folder}: adapter_config.json does not name its base model (base_model_name_or_path)")
@@ -121,7 +119,7 @@ def checkpoint_sha256(folder: Path) -> str:
 def has_prompt_settings(folder: Path) -> bool:
     """Whether the checkpoint says how the prompts it was trained on were made."""
     settings = folder / "convexlm.json"
-    return settings.is_file() and "prompt" in _read_json(settings)
+    return settings.is_file() and "prompt" in read_json_object(settings)
 
 
 def choose_device(device: str | None) -> str:
@@ -160,16 +158,6 @@ def choose_dtype(folder: Path, device: str, dtype: str | None) -> str:
         return str(dtype)
     if device == "cpu":
         return "float32"
-    config = _read_json((base_of_adapter(folder) if is_adapter(folder) else folder) / "config.json")
+    config = read_json_object((base_of_adapter(folder) if is_adapter(folder) else folder) / "config.json")
     saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return saved if saved in known else "float32"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from convexlm.decoding.pool import Pool
 from convexlm.decoding.prepare import Options, Prepared, nothing_left, prepare
 from convexlm.decoding.work import Batch, Load, Worker
 from convexlm.errors import UserError
+from convexlm.packages import package_version
 from convexlm.version import __version__
 
 if TYPE_CHECKING:
@@ -339,12 +339,11 @@ def _allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-@functools.cache  # every file's facts ask anew, and reading a package's metadata takes milliseconds
 def _versions(backend: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError
 
-    versions = {"convexlm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    versions = {"convexlm": __version__, **{name: package_version(name) for name in ("torch", "transformers")}}
     if backend not in versions:
         with contextlib.suppress(PackageNotFoundError):  # a backend need not be named after a library
-            versions[backend] = version(backend)
+            versions[backend] = package_version(backend)
     return versions

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import read_text
+from convexlm.files import read_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,10 +123,4 @@ def _section(values: Mapping[str, Any], key: str, where: str = "the accelerate f
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"deepspeed_config_file {path}: no such file (a relative path starts in the current folder)")
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+    return read_json_object(path)
