@@ -228,21 +228,21 @@ def _trace(model: Any, shape: StepShape) -> StepTrace:
     head_module = causal.get_output_embeddings()
     weight = head_module.weight
     head = _head_buffers(weight, shape)
-    saved = 0
     with tally:
-        for turn in range(2 if shape.accumulate else 1):
-            if turn:
-                tally.lives.clear()
-            autocast = torch.autocast("cpu", shape.autocast or torch.bfloat16, enabled=shape.autocast is not None)
-            with autocast:
-                states = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                saved = max(saved, tally.live)
-                tokens = ids.numel()
-                picked = states.flatten(0, 1).index_select(0, torch.zeros(tokens, dtype=torch.long))
-                loss = _HeadStandIn.apply(picked, weight, head.passing)
-                del states, picked
-            loss.backward()
-            del loss
+        if shape.accumulate:  # as an earlier micro-batch leaves them
+            for parameter in parameters.values():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+                    tally.became_gradient(parameter)
+            tally.lives.clear()
+        with torch.autocast("cpu", shape.autocast or torch.bfloat16, enabled=shape.autocast is not None):
+            states = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            saved = tally.live
+            picked = states.flatten(0, 1).index_select(0, torch.zeros(ids.numel(), dtype=torch.long))
+            loss = _HeadStandIn.apply(picked, weight, head.passing)
+            del states, picked
+        loss.backward()
+        del loss
         gradients = tally.gradient_bytes
     for hook in hooks:
         hook.remove()
