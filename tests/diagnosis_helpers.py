@@ -69,7 +69,7 @@ def made_sample(n=400, seed=0, *, mean=-1.0, spread=0.5, lengths=(5, 60), source
     )
 
 
-def flat_sample(p_bars, length=20, sources=None, weights=None):
+def flat_sample(p_bars, length=20, sources=None, weights=None, right=None):
     """Records of one length whose tokens all have the record's p̄."""
     m = np.log(np.asarray(p_bars, dtype=np.float64))
     n = len(m)
@@ -79,6 +79,7 @@ def flat_sample(p_bars, length=20, sources=None, weights=None):
         m=m,
         weights=np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64),
         sources=sources,
+        right=right,
         log_probs=np.repeat(m, t),
     )
 

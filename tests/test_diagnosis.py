@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from convexlm.diagnosis import DERIVED, MEASURED, REPORTED, RULES, Sample, advise, analyse_objective, compare
-from convexlm.diagnosis.advice import EVIDENCE
+from convexlm.diagnosis import (
+    DERIVED,
+    MEASURED,
+    MEASURED_NOISE,
+    REPORTED,
+    RULES,
+    Sample,
+    advise,
+    analyse_objective,
+    compare,
+)
 from convexlm.diagnosis.cache import cache_path, load, store
 from convexlm.diagnosis.measure import measure
+from convexlm.diagnosis.rules import EVIDENCE
 from convexlm.diagnosis.sample import sample_records
 from convexlm.errors import UserError
 from convexlm.instructions import load_records
@@ -347,10 +357,22 @@ def test_comparison_by_hand():
 # --- advice
 
 GOOD = np.linspace(0.3, 0.85, 400)
+BY_HALVES, IN_TURN = np.repeat([0.0, 1.0], 200), np.tile([0.0, 1.0], 200)
 
 
-def _case(p_bars=GOOD, name="convex", *, reading=None, end_p=None, after=None, length=50, sources=None, **settings):
-    sample = flat_sample(p_bars, length=length, sources=sources)
+def _case(
+    p_bars=GOOD,
+    name="convex",
+    *,
+    reading=None,
+    end_p=None,
+    after=None,
+    length=50,
+    sources=None,
+    right=None,
+    **settings,
+):
+    sample = flat_sample(p_bars, length=length, sources=sources, right=right)
     analysis = analysed(sample, name, **settings)
     if reading:
         analysis["reading"] = reading
@@ -371,6 +393,9 @@ CASES = {
     ),
     "unknown-data": (_case([0.09] * 300), _case([0.11] * 300), "0.09"),
     "known-data": (_case([0.95] * 300), _case([0.89] * 300), "0.95"),
+    "p-bar-tells": (_case(right=BY_HALVES), _case(right=IN_TURN), "100%"),
+    "p-bar-misleads": (_case(right=1 - BY_HALVES), _case(right=IN_TURN), "0%"),
+    "p-bar-is-blind": (_case(right=IN_TURN), _case(right=BY_HALVES), "50%"),
     "small-update": (_case([0.17] * 300, k=2.0), _case([0.4] * 300, k=2.0), "0.029"),
     "small-update-token": (_case([0.3] * 300, "dft"), _case([0.5] * 300, "dft"), "0.3"),
     "few-carry": (_case([0.02] * 280 + [0.9] * 20, k=2.0), _case(k=1.0), "7%"),
@@ -413,7 +438,7 @@ def test_every_rule_speaks_in_its_case_and_only_there(rule):
 
 def test_rules_say_what_they_rest_on_and_promise_nothing():
     assert len({rule.name for rule in RULES}) == len(RULES) and {rule.name for rule in RULES} == set(CASES)
-    assert {rule.evidence for rule in RULES} == set(EVIDENCE) == {DERIVED, REPORTED, MEASURED}
+    assert {rule.evidence for rule in RULES} == set(EVIDENCE) == {DERIVED, REPORTED, MEASURED, MEASURED_NOISE}
     for rule in RULES:
         assert rule.about in ("data", "objective", "compare")
         text = f"{rule.finding} {rule.advice} {rule.reason}".lower()

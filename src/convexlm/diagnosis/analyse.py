@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from convexlm.diagnosis.judged import describe_judged, wrong_share
 from convexlm.diagnosis.optimum import exact_optimum, k_for_update_ratio
 from convexlm.objectives import Mle
 
@@ -46,6 +47,7 @@ class Sample:
         sources: where each is from, or None.
         log_probs: (sum of lengths,), every target's log-probability; needed for objectives of level token.
         logit_norms: as `log_probs`; see `Measurement`. Without it there are no logit shares.
+        right: 1 where the answer was judged right, 0 where wrong, NaN where nobody has judged it; or None.
     """
 
     lengths: np.ndarray
@@ -54,6 +56,7 @@ class Sample:
     sources: Sequence[str] | None = None
     log_probs: np.ndarray | None = None
     logit_norms: np.ndarray | None = None
+    right: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.lengths)
@@ -61,6 +64,8 @@ class Sample:
             raise ValueError("lengths, m, weights and sources must be of one length, and not empty")
         if (self.lengths < 1).any() or not np.isfinite(self.m).all() or (self.weights < 0).any():
             raise ValueError("lengths must be at least 1, m finite and weights not negative")
+        if self.right is not None and len(self.right) != n:
+            raise ValueError("right must have one number a record")
         if not (self.weights > 0).any():
             raise ValueError("every record has the weight 0")
         for name in ("log_probs", "logit_norms"):
@@ -108,6 +113,7 @@ def describe_data(sample: Sample) -> dict[str, Any]:
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         "lengths": {"mean": float(lengths.mean()), "quantiles": quantiles(lengths)},
         "sources": _source_counts(sample),
+        "judged": describe_judged(sample),
     }
 
 
@@ -165,6 +171,9 @@ def analyse_objective(sample: Sample, objective: Objective) -> dict[str, Any]:
         "by_p_bar": tenths(np.exp(sample.m), sample.m),
         "by_length": tenths(sample.lengths, sample.lengths),
         "by_source": [{"source": name, **row(group)} for name, group in _source_groups(sample).items()],
+        "wrong": None
+        if sample.right is None
+        else {name: wrong_share(sample, share) for name, share in shares.items()},
         "length_weighting": {
             "moved": float(np.abs(by_length["token"] - by_length["sequence"]).sum() / 2),
             "by_length": {

@@ -35,6 +35,7 @@ class DiagnoseOptions:
     seed: int = 0
     max_length: int | None = None
     source_field: str | None = None
+    judged_field: str | None = None
     batch_size: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -78,6 +79,7 @@ def diagnose(
         max_records=options.max_records,
         seed=options.seed,
         source_field=options.source_field,
+        judged_field=options.judged_field,
     )
     limit = _max_length(checkpoint, options, note)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=options.trust_remote_code)
@@ -111,6 +113,7 @@ def diagnose(
             "lost_share": lost / len(sample.records),
             "max_length": limit,
             "source_field": sample.source_field,
+            "judged_field": options.judged_field,
         },
         "device": device,
         "dtype": measured[0][1]["dtype"],
@@ -118,6 +121,11 @@ def diagnose(
         "end_p": _geometric_mean(measured[0][0].end_log_probs),
         **analyse(samples[0], objectives),
     }
+    if options.judged_field is not None and result["data"]["judged"] is None:
+        note(
+            f"--judged_field {options.judged_field}: no right or no wrong record is left after those dropped or of "
+            "weight 0, so nothing is said of them"
+        )
     result["comparison"] = compare_with and {"checkpoint": str(compare_with), **compare(*samples)}
     result["advice"] = as_dicts(advise(result))
     result["records"] = _shown_records(result, tokenized, sample)
@@ -230,6 +238,11 @@ def _as_sample(measured: Measurement, tokenized: TokenizedRecords, sample: Recor
     if sample.sources is not None:
         by_id = dict(zip((record.id for record in sample.records), sample.sources, strict=True))
         sources = [by_id[row["record_id"]] for row in tokenized.rows]
+    right = None
+    if sample.judged is not None:
+        judged = dict(zip((record.id for record in sample.records), sample.judged, strict=True))
+        found = [judged[row["record_id"]] for row in tokenized.rows]
+        right = np.array([np.nan if value is None else float(value) for value in found])
     return Sample(
         lengths=measured.lengths,
         m=measured.m,
@@ -237,6 +250,7 @@ def _as_sample(measured: Measurement, tokenized: TokenizedRecords, sample: Recor
         sources=sources,
         log_probs=measured.log_probs,
         logit_norms=measured.logit_norms,
+        right=right,
     )
 
 

@@ -10,6 +10,8 @@ from convexlm.diagnosis.advice import grouped
 from convexlm.report.text import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
 _SHOWN_NEGLECTED = 3
@@ -40,6 +42,9 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     line()
     line("share of the gradient by tenth of the data, from the least likely to the likeliest", "bold")
     console.print(_tenths(result))
+    if data["judged"]:
+        line()
+        _print_judged(result, console, line)
     if result.get("comparison"):
         line()
         line(f"before and after: {result['comparison']['checkpoint']}", "bold")
@@ -62,6 +67,35 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
         line("  no rule applies")
     if "page" in result:
         line(f"page: {result['page']}")
+
+
+def _print_judged(result: dict[str, Any], console: Console, line: Callable[..., None]) -> None:
+    judged, entries = result["data"]["judged"], result["objectives"]
+    low, high = judged["p_bar_interval"]
+    medians, tokens = judged["p_bar_median"], judged["mean_tokens"]
+    unjudged = f", {judged['unjudged']} not judged" if judged["unjudged"] else ""
+    field = result["reading"]["judged_field"]
+    line(f"judged by `{field}`: {judged['right']} right, {judged['wrong']} wrong{unjudged}", "bold")
+    line(
+        f"p̄ ranks a right one above a wrong one in {judged['p_bar_ranks_right']:.0%} of couples (95 %: {low:.0%} to "
+        f"{high:.0%}); the right one is the longer in {judged['length_ranks_right']:.0%}. Median p̄ "
+        f"{medians['right']:.2g} and {medians['wrong']:.2g}; {tokens['right']:.0f} and {tokens['wrong']:.0f} tokens"
+    )
+    shares = _table()
+    for name in ("what wrong ones get", "mle", *(entry["label"] for entry in entries)):
+        shares.add_column(name, justify="left" if name.startswith("what") else "right")
+    for title, key in (("of the gradient", "share"), ("at the logits", "logit_share")):
+        values = [entries[0]["wrong"][f"mle_{key}"], *(entry["wrong"][key] for entry in entries)]
+        if None not in values:
+            shares.add_row(title, *(f"{value:.1%}" for value in values))
+    console.print(shares)
+    dropping = _table()
+    dropping.add_column("least likely dropped")
+    for row in judged["dropping"]:
+        dropping.add_column(f"{row['dropped']:.0%}", justify="right")
+    for title, key in (("wrong among the rest", "wrong_left"), ("right ones lost", "right_dropped")):
+        dropping.add_row(title, *(f"{row[key]:.0%}" for row in judged["dropping"]))
+    console.print(dropping)
 
 
 def _table() -> Table:

@@ -52,6 +52,11 @@ def make_parser(prog: str) -> VerbParser:
         metavar="NAME",
         help="field to group records by (default: source, dataset, ... if there is one)",
     )
+    data.add_argument(
+        "--judged_field",
+        metavar="NAME",
+        help="field that says whether the answer is right (true, false; null: not judged), to see what p̄ makes of it",
+    )
 
     parser.add_argument("--compare", metavar="CHECKPOINT", help="measure the same records with this one, too")
     parser.add_argument("--page", metavar="FILE.html", help="write a page with plots and texts")
@@ -86,6 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         max_length=args.max_length,
         source_field=args.source_field,
+        judged_field=args.judged_field,
         batch_size=args.batch_size,
         device=args.device,
         dtype=args.dtype,
