@@ -146,6 +146,29 @@ def test_the_command_shows_it_as_json_text_and_page(capsys, checkpoint, tmp_path
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_every_measured_record_can_be_written_and_filtered_by(capsys, checkpoint, tmp_path):
+    data, file = make_data(tmp_path / "d.jsonl", 30), tmp_path / "new" / "r.jsonl"
+    words = ["diagnose", "--model_name_or_path", str(checkpoint), "--dataset", str(data), "--records_file", str(file)]
+    assert main([*words, "--k", "1", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "measured" not in found and found["records_file"] == str(file)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["id"] for row in rows] == [f"d.jsonl:{line}" for line in range(1, 31)]
+    assert found["data"]["num_target_tokens"] == sum(row["tokens"] for row in rows)
+    nll = -sum(row["tokens"] * row["log_prob"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert found["data"]["nll"] == pytest.approx(nll, rel=1e-6)
+    for row in rows:
+        assert row["p_bar"] == pytest.approx(np.exp(row["log_prob"]))
+        assert row["weights"] == pytest.approx({"convex k=1": row["p_bar"], "convex k=2": row["p_bar"] ** 2})
+    before = data.read_bytes()
+    assert main([*words[:-1], str(tmp_path / "new" / ".." / "d.jsonl")]) == 2  # the data themselves
+    assert "is the file of --dataset" in capsys.readouterr().err and data.read_bytes() == before
+    assert main([*words, "--page", str(file)]) == 2
+    assert "is the file of --page" in capsys.readouterr().err
+    assert main([*words[:-1], str(tmp_path)]) == 2
+    assert "--records_file" in capsys.readouterr().err
+
+
 def test_without_the_field_nothing_is_said_of_it(capsys, checkpoint, tmp_path):
     data = make_data(tmp_path / "d.jsonl", 20, clean=lambda n: n % 2 > 0)
     page = tmp_path / "p.html"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexlm.diagnosis.advice import advise, as_dicts
-from convexlm.diagnosis.analyse import Sample, analyse, compare
+from convexlm.diagnosis.analyse import Sample, analyse, compare, record_weights
 from convexlm.diagnosis.cache import cache_path, load, store
 from convexlm.diagnosis.measure import Measurement, measure
 from convexlm.diagnosis.sample import RecordSample, sample_records
@@ -61,6 +61,9 @@ def diagnose(
         compare_with: another checkpoint, measured on the same records.
         note: is told what the user should know while it happens.
         progress: as in `measure`.
+
+    Returns:
+        JSON-ready; `measured` has every record (see `measured_records`), which the verb writes to a file of its own.
 
     Raises:
         UserError: data, checkpoint or options cannot be used, or the two checkpoints do not take the same token ids.
@@ -129,7 +132,28 @@ def diagnose(
     result["comparison"] = compare_with and {"checkpoint": str(compare_with), **compare(*samples)}
     result["advice"] = as_dicts(advise(result))
     result["records"] = _shown_records(result, tokenized, sample)
+    result["measured"] = measured_records(samples[0], tokenized, objectives)
     return result
+
+
+def measured_records(
+    sample: Sample, tokenized: TokenizedRecords, objectives: Sequence[tuple[str, Objective]]
+) -> list[dict[str, Any]]:
+    """Each measured record in the data's order: `id`, `tokens`, `log_prob` (m, nats a token), `p_bar`, `weights`.
+
+    `weights` has every objective's weight by its label, at token level the mean over the record's tokens.
+    """
+    weights = {label: record_weights(sample, objective)[0] for label, objective in objectives}
+    return [
+        {
+            "id": row["record_id"],
+            "tokens": int(sample.lengths[place]),
+            "log_prob": float(sample.m[place]),
+            "p_bar": float(np.exp(sample.m[place])),
+            "weights": {label: float(values[place]) for label, values in weights.items()},
+        }
+        for place, row in enumerate(tokenized.rows)
+    ]
 
 
 def _prompt_settings(checkpoints: Sequence[Path], template: str | None, note: Callable[[str], None]) -> PromptSettings:

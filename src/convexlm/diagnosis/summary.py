@@ -65,6 +65,8 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
         line(f"  why: {group[0]['reason']} [{group[0]['evidence']}]", "dim")
     if not result["advice"]:
         line("  no rule applies")
+    if "records_file" in result:
+        line(f"records: {result['records_file']}")
     if "page" in result:
         line(f"page: {result['page']}")
 

@@ -62,6 +62,10 @@ def make_parser(prog: str) -> VerbParser:
     parser.add_argument("--page", metavar="FILE.html", help="write a page with plots and texts")
     parser.add_argument("--output_file", metavar="FILE.json", help="write the result as JSON")
 
+    parser.add_argument(
+        "--records_file", metavar="FILE.jsonl", help="write p̄ and weights of every measured record, a line each"
+    )
+
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch_size", type=int, metavar="N", help="records a batch (default: by their length)")
     machine.add_argument("--device", help="torch device (default: the first GPU, else the CPU)")
@@ -103,6 +107,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint, objectives, options, compare_with=other, note=notes.append, progress=_progress(notes)
     )
     notes.flush()
+    measured = result.pop("measured")
+    if args.records_file is not None:
+        import json
+
+        lines = (json.dumps(record, ensure_ascii=True) + "\n" for record in measured)
+        _write("--records_file", args.records_file, "".join(lines))
+        result = {**result, "records_file": args.records_file}
     if args.output_file is not None:
         import json
 
@@ -156,14 +167,18 @@ def _label(name: str, objective: Objective, has_k: bool) -> str:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Refuse places that cannot be written to before a model is loaded."""
+    """Refuse places that cannot be written to, or would be written over, before a model is loaded."""
     from pathlib import Path
 
-    for option in ("page", "output_file"):
+    taken = {Path(args.dataset).resolve(): "--dataset"} if "\0" not in args.dataset else {}
+    for option in ("page", "output_file", "records_file"):
         value = getattr(args, option)
         if value is not None and (not value or "\0" in value or Path(value).is_dir()):
             raise UserError(f"--{option} {value}: is no name of a file to write")
         if value is not None:
+            other = taken.setdefault(Path(value).resolve(), f"--{option}")
+            if other != f"--{option}":
+                raise UserError(f"--{option} {value}: is the file of {other}; name another")
             try:
                 Path(value).parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
