@@ -2,7 +2,7 @@
 # What only a GPU can tell of the head and of whole steps, in one command and about eight minutes on one card of 80 GB
 # (much of it imports: torch, transformers and TRL took a process 14 s on the host of an H200):
 #
-#   DATA=../shared/data OUT=results/gpu bash benchmarks/gpu_head_and_steps.sh
+#   DATA=FOLDER OUT=results/gpu bash benchmarks/gpu_head_and_steps.sh
 #
 # DATA holds alpaca/ and tokenizers/; OUT gets training.json, the tables (*.txt) and each part's exit status. Needs no
 # network. PYTHON is the interpreter (python3), with convexlm's dependencies and torch for CUDA; Liger and
@@ -11,7 +11,7 @@
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-DATA=${DATA:-../shared/data}
+DATA=${DATA:?set DATA to the folder with alpaca/ and tokenizers/}
 OUT=${OUT:-results/gpu}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"

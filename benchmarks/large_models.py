@@ -1,6 +1,6 @@
 """LLaMA-7B's shape, random weights, one GPU: tokens/s, MFU and peak memory of whole trainings beside the estimate.
 
-    python benchmarks/large_models.py --data ../shared/data --output results/large_models.json
+    python benchmarks/large_models.py --data DATA --output results/large_models.json
 
 Full fine-tuning in bf16 and LoRA, each with MLE and convex, 30 steps on padded batches of Alpaca records, a process
 each; about four minutes on an H100 or H200, with --seconds as the limit of all. `--model 58m --batch 4 --steps 3` runs

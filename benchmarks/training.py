@@ -1,6 +1,6 @@
 """Time and memory of training heads and of whole training steps, side by side in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/training.py --data ../shared/data --output results/training
+    OMP_NUM_THREADS=2 python benchmarks/training.py --data DATA --output results/training
 
 Every candidate has a process of its own; they take turns, one repeat each, so that what else the machine does hits
 all alike. Times are medians over repeats after one that is not counted; memory is the process's peak resident set as

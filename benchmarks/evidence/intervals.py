@@ -5,7 +5,8 @@
 Systems are (arm, search), such as `convex-k1 greedy`. All test sets and final seeds are taken together as
 `convexlm run` does for the seeds of one recipe: the score is the mean over test sets and seeds, and sentences are
 resampled for all seeds at once.
-Beside that stand each seed's own differences, and Student's interval of their mean.
+Beside that stand each seed's own differences, and Student's interval of their mean. Rows of other experiments that the
+output has already stay.
 """
 
 from __future__ import annotations
@@ -120,6 +121,10 @@ def main() -> None:
             for metric, (part, corpora) in itertools.product(args.metrics, parts.items()):
                 rows = differences(corpora, baseline, metric, args.n_samples)
                 out += [{"experiment": folder.name, "part": part, **row} for row in rows]
+    done = {folder.name for folder in args.experiments}
+    if args.output.exists():
+        old = json.loads(args.output.read_text(encoding="utf-8"))
+        out = [row for row in old if row["experiment"] not in done] + out
     text = json.dumps(out, ensure_ascii=False, indent=1)
     args.output.write_text(text + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Recipes: one YAML file says a whole experiment. Read, checked to the last key, and resolved here.
 
     name: smoke
-    vars: {data_dir: ../shared/data}           # ${data_dir} anywhere below, in other vars too; alone in a value it
+    vars: {data_dir: data}                       # ${data_dir} anywhere below, in other vars too; alone in a value it
                                                # keeps its type; `--set vars.data_dir=TEXT` changes it to that text
     seeds: [1, 2]                              # every arm is trained once a seed
     plugins: [my_objectives.py]                # modules of your own to import first
