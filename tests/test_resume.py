@@ -295,6 +295,18 @@ def test_the_best_checkpoint_stays(files, tmp_path):
     assert names == {f"checkpoint-{best}", "checkpoint-8"} or (best == 8 and len(names) == 2)
 
 
+def test_a_limit_of_one_keeps_the_newest_beside_the_best(files, tmp_path):
+    """transformers would delete the newest at the end; what is compared at the last step, or gone on from, is that."""
+    options = given(files, eval_dataset=files / "eval.jsonl", eval_strategy="steps", eval_steps=2, save_steps=2,
+                    save_total_limit=1, metric_for_best_model="nll", learning_rate=0.5)  # fmt: skip
+    assert train(tmp_path / "run", **options) == 0
+    evaluated = {line["step"]: line["eval_nll"] for line in read_metrics(tmp_path / "run") if "eval_nll" in line}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    kept = [path.name for path in complete_checkpoints(tmp_path / "run")]
+    assert best != 8 and kept == [f"checkpoint-{best}", "checkpoint-8"]
+    assert torch.load(tmp_path / "run/checkpoint-8/training_args.bin", weights_only=False).save_total_limit == 1
+
+
 def test_the_best_checkpoint_by_nll_has_the_smallest_and_is_what_to_decode(files, tmp_path, capfd):
     options = given(files, eval_dataset=files / "eval.jsonl", eval_strategy="steps", eval_steps=2, save_steps=2,
                     load_best_model_at_end=True, metric_for_best_model="nll", max_steps=8,

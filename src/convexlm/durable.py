@@ -3,7 +3,8 @@
 Beyond what transformers saves (weights, optimizer, schedule, every process's random state, the step), a checkpoint
 here has what was summed up for the next log, so that `metrics.jsonl` of a resumed run is that of an undisturbed one
 whatever `logging_steps` and `save_steps` are. It is saved after the logs and evaluations of its step, brought to
-the disk, and only then do older ones go (transformers deletes them before it is known to be whole).
+the disk, and only then do older ones go (transformers deletes them before it is known to be whole, and at the end of
+a training with a `save_total_limit` of 1 the newest, if another is the best).
 """
 
 from __future__ import annotations
@@ -44,11 +45,16 @@ class DurableCheckpoints:
     how_to_go_on = "resume from it to go on"
 
     def _init_durable(self: Any) -> None:
-        self._true_args: dict[str, Any] = {}  # what is changed in `args` while saving, as it really is
+        self._true_args: dict[str, Any] = {}  # what is changed in `args` while training or saving, as it really is
         self._epoch_closed = False
         self._save_is_due = False
         self._saved_step: int | None = None
         self.add_callback(_Moments(self))
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer, which is not told of `save_total_limit`: the newest and the best are kept, by us."""
+        with self._other_args(save_total_limit=None):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -61,10 +67,9 @@ class DurableCheckpoints:
             begin_checkpoint(folder)
         progress = self._progress()
         self.accelerator.wait_for_everyone()
-        changes: dict[str, Any] = {"save_total_limit": None}
-        if interrupted:
-            changes["save_only_model"] = False  # what is saved for a signal alone is there to go on from
-        with self._other_args(**changes):
+        # What is saved for a signal alone is there to go on from.
+        changes: dict[str, Any] = {"save_only_model": False} if interrupted else {}
+        with self._other_args(save_total_limit=None, **changes):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             resumable = not self.args.save_only_model
         self.accelerator.wait_for_everyone()
@@ -72,7 +77,8 @@ class DurableCheckpoints:
             write_atomic(folder / PROGRESS_FILE, json.dumps(progress) + "\n")
             marker = self.checkpoint_marker
             finish_checkpoint(folder, marker, resumable=resumable, interrupted=interrupted)
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            limit = self._true_args.get("save_total_limit", self.args.save_total_limit)
+            best = self.state.best_model_checkpoint
             if marker is not None:
                 rotate(run_dir, limit, best)
             else:
@@ -96,12 +102,13 @@ class DurableCheckpoints:
 
     @contextlib.contextmanager
     def _other_args(self: Any, **changes: Any) -> Iterator[None]:
-        self._true_args = {name: getattr(self.args, name) for name in changes}
+        outer = self._true_args
+        self._true_args = {**{name: getattr(self.args, name) for name in changes}, **outer}
         try:
             with _changed(self.args, **changes):
                 yield
         finally:
-            self._true_args = {}
+            self._true_args = outer
 
     # -- the end of a step --------------------------------------------------------------------------------------------
 
