@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from convexlm.cli import main
 from convexlm.errors import UserError
 from convexlm.launch import environment, precision, settings
 from convexlm.launch.environment import make_plan
@@ -206,6 +207,21 @@ def test_float16_weights_cannot_be_trained_with_loss_scaling(gpus, monkeypatch):
     assert choose_precision({"dtype": "float16", "use_peft": True}).fp16
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert choose_precision({"dtype": "float16"}).fp16
+
+
+def test_what_is_no_number_of_processes_is_one_line(monkeypatch, capsys):
+    for value in ("abc", "0", "-1", "2.5"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        for more in ([], ["--num_processes", "2"]):
+            assert main(["train", "--dataset", "none.jsonl", "--output_dir", "none", *more]) == 2
+            assert f"at least 1, not '{value}'; unset it" in capsys.readouterr().err
+
+
+def test_variables_that_are_set_to_nothing_are_unset(monkeypatch):
+    for name in settings.OF_TORCH:
+        monkeypatch.setenv(name, "")
+    assert settings.started_processes() == 1 and not settings.under_a_launcher()
+    assert not any(name in os.environ for name in settings.OF_TORCH)  # transformers reads them, too
 
 
 def test_another_launchs_options_are_named(monkeypatch):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convexlm.launch.settings import under_a_launcher
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -69,10 +71,8 @@ class SignalWatch:
                     OSError
                 ):  # sys.stderr may be in the middle of a write; this is safe in a handler
                     os.write(2, text.encode())
-        elif number == signal.SIGINT:
-            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-            if alone or now - self._since > SECONDS_OF_ECHO:
-                raise KeyboardInterrupt
+        elif number == signal.SIGINT and (not under_a_launcher() or now - self._since > SECONDS_OF_ECHO):
+            raise KeyboardInterrupt
 
 
 def signal_name(number: int) -> str:

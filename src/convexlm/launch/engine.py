@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.launch.deepspeed import is_on_cpu, processes_of, refuse_code, zero_folder, zero_stage_of
 from convexlm.launch.environment import FSDP_ON_CPU
+from convexlm.launch.settings import started_processes
 from convexlm.progress import note
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def set_up(config: Any) -> None:
         RuntimeError: there are not as many processes as a launcher has said.
         UserError: FSDP was asked for where accelerate would quietly train without.
     """
-    said, found = int(os.environ.get("WORLD_SIZE", "1")), int(config.world_size)
+    said, found = started_processes(), int(config.world_size)
     if said != found:
         raise RuntimeError(f"a launcher has said that {said} processes train together, but accelerate sees {found}")
     if is_on_cpu() and str(config.distributed_state.distributed_type) != "DistributedType.DEEPSPEED":

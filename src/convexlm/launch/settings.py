@@ -21,6 +21,7 @@ DEFAULT_PORT = 29500  # accelerate's and torchrun's
 IN_FILE = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # by torchrun and kinds of MPI
+OF_TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,26 @@ def launch_settings(values: Mapping[str, Any]) -> LaunchSettings:
     return LaunchSettings(**{field.name: values.get(field.name) for field in fields(LaunchSettings)})
 
 
+def started_processes() -> int:
+    """How many processes a launcher has started, by `WORLD_SIZE`; 1 where none has, or where it is set to nothing.
+
+    Raises:
+        UserError: it is no number, or 0.
+    """
+    for name in OF_TORCH:
+        if os.environ.get(name) == "":
+            del os.environ[name]  # transformers and accelerate would take the empty text for a number
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(
+            f"WORLD_SIZE is a launcher's number of processes, at least 1, not {value!r}; unset it to train in one"
+        )
+    return int(value)
+
+
 def under_a_launcher() -> bool:
     """Whether this process is one of several that `convexlm`, `torchrun` or `accelerate` started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return started_processes() > 1
 
 
 def refuse_another_launch(asked: LaunchSettings) -> None:
@@ -150,7 +168,7 @@ def refuse_another_launch(asked: LaunchSettings) -> None:
     Raises:
         UserError: they say something else.
     """
-    world = int(os.environ["WORLD_SIZE"])
+    world = started_processes()
     if asked.num_processes is not None and asked.num_processes != world:
         raise UserError(
             f"--num_processes {asked.num_processes}: a launcher has started {world} processes already; leave the "
