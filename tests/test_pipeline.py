@@ -294,7 +294,8 @@ def test_a_run_trained_on_many_processes_is_done_on_one(
 
     def identities() -> tuple[str, dict[str, Any]]:
         options = train_options(recipe, folder, run)
-        return options_sha256(options, folder), training_identity(options, folder, world_size(), InputHashes())
+        hashes = InputHashes()
+        return options_sha256(options, folder, hashes), training_identity(options, folder, world_size(), hashes)
 
     recipe = load_recipe(write_recipe(tmp_path, recipe_with(train__global_batch_size=32)))
     folder = RunFolder(finished / "run")

@@ -10,7 +10,7 @@ import yaml
 
 from convexlm.errors import UserError
 from convexlm.recipe import Recipe, load_recipe
-from convexlm.runs import RunFolder, TrainedRun, identity_sha256, trained_runs, versions
+from convexlm.runs import RunFolder, TrainedRun, identity_sha256, read_done, trained_runs, versions
 from pipeline_helpers import recipe_with, write_recipe
 
 
@@ -176,6 +176,29 @@ def test_every_arm_is_trained_with_every_seed_its_start_before_it(tmp_path: Path
     assert [run.name for run in runs] == [f"{arm}.seed{seed}" for seed in (1, 2) for arm in ("base", "mle", "convex")]
     assert runs[4] == TrainedRun("mle", 2, "mle.seed2")
     assert [run.name for run in trained_runs(load(tmp_path, seeds=[9]))] == ["base", "mle", "convex"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "done.json, line 1: not valid JSON"),
+        ("[]", "done.json: expected a JSON object"),
+        ('{"checkpoints": []}', "done.json: does not say which `checkpoints` there are"),
+        ('{"checkpoints": [4]}', "done.json: does not say which `checkpoints` there are"),
+    ],
+)
+def test_a_damaged_note_of_a_training_is_one_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "done.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_done(tmp_path)
+    assert said in str(error.value) and "; delete it, and" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_current_folder_as_run_folder_is_known_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder(Path()) == RunFolder(tmp_path) != RunFolder(Path("below"))
 
 
 def test_paths_are_those_of_the_design(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +20,7 @@ from convexlm.training_identity import IDENTITY_FILE, InputHashes
 from pipeline_helpers import recipe_with, write_recipe
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 
 class Home:
@@ -37,6 +38,7 @@ class Home:
         self.plugin = path / "mine.py"
         self.plugin.write_text("A = 1\n")
         self.trained: list[str] = []
+        self.meanwhile: Callable[[str], Any] = lambda name: None  # what happens while a run is trained
 
     def recipe(self, **changes: Any) -> Recipe:
         small: dict[str, Any] = {
@@ -63,6 +65,7 @@ class Home:
         (checkpoint / "config.json").write_text("{}")
         (checkpoint / "model.safetensors").write_bytes(name.encode())
         self.trained.append(name)
+        self.meanwhile(name)
         if interrupted:
             raise KeyboardInterrupt
         rest = {"steps": 3, "records": 1, "dropped": [], "truncated": 0, "seconds": 1.0}
@@ -114,6 +117,62 @@ def test_what_has_not_changed_goes_on_also_in_a_moved_folder(home: Home) -> None
     assert home.train(home.recipe()) == ["mle", "convex"] and identity.stat().st_mtime_ns == before
     home.folder.path.rename(home.path / "moved")
     home.folder = RunFolder(home.path / "moved")
+    assert home.train(home.recipe()) == []
+
+
+def test_the_current_folder_is_the_same_run_folder(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.train(home.recipe())
+    monkeypatch.chdir(home.folder.path)
+    home.folder = RunFolder(Path())
+    assert home.train(home.recipe()) == []
+    more = {**home.recipe().resolved["arms"], "dft": {"objective": "dft", "init_from": "mle"}}
+    assert home.train(home.recipe(arms=more)) == ["dft"]
+    monkeypatch.chdir(home.path)
+    home.folder = RunFolder(Path("run"))
+    assert home.train(home.recipe(arms=more)) == []
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_file_that_changes_while_an_arm_is_trained_stops_the_others(home: Home, what: str) -> None:
+    """Arms of one folder start from the same files, so the next is not trained from another."""
+    change, said = CHANGES[what]
+    home.meanwhile = lambda name: change(home)
+    arms = {"mle": {"objective": "mle"}, "dft": {"objective": "dft"}}
+    with pytest.raises(UserError) as error:
+        home.train(home.recipe(arms=arms))
+    assert said.format(**vars(home)) in str(error.value) and "train/mle:" in str(error.value)
+    assert home.trained == ["mle"]
+
+
+def test_a_file_that_changes_while_the_last_arm_is_trained_stops_before_it_is_scored(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(*given: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(pipeline, "_trainer", lambda recipe: nullcontext(home._train))
+    monkeypatch.setattr(pipeline, "decode_stage", stage)
+    file = home.data / "part1.jsonl"
+    home.meanwhile = lambda name: name == "convex" and file.write_text('{"prompt": "c", "completion": "d"}\n')
+    recipe = home.recipe(data__dataset=str(file), decode__checkpoints="last")
+    with pytest.raises(UserError, match="train/mle: trained on other data: .*part1.jsonl has changed since"):
+        pipeline.run_recipe(recipe, home.folder.path)
+    assert home.trained == ["mle", "convex"]
+
+
+def test_damaged_files_of_a_training_are_one_line(home: Home) -> None:
+    home.train(home.recipe())
+    for name, content, said in (
+        (IDENTITY_FILE, "[]", "expected a JSON object; put it back, or delete the folder"),
+        (IDENTITY_FILE, '{"inputs": []}', "its `inputs` is no JSON object; put it back"),
+        ("done.json", "{", "not valid JSON .*; delete it, and the training is taken up"),
+    ):
+        path = home.folder.path / "train" / "mle" / name
+        before = path.read_text()
+        path.write_text(content)
+        with pytest.raises(UserError, match=said):
+            home.train(home.recipe())
+        path.write_text(before)
     assert home.train(home.recipe()) == []
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from convexlm.checkpoints import all_checkpoints
 from convexlm.errors import UserError
 from convexlm.files import write_atomic
+from convexlm.launch.settings import started_processes
 from convexlm.preflight import check_apart, check_files, check_trainings, load_test_sets, load_validation_sets
 from convexlm.progress import note
 from convexlm.recipe import DATA_OPTIONS, is_whole
 from convexlm.run_data import dataset_of, prepare_data, write_references
-from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, run_name, trained_runs
+from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, read_done, run_name, trained_runs
 from convexlm.sweep import decode_stage
 from convexlm.training_identity import InputHashes, check_identity, options_sha256, training_identity, write_identity
 
@@ -76,6 +76,7 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         with _trainer(recipe) as train:
             for number, run in enumerate(runs, start=1):
                 _train(recipe, folder, run, f"[2/5] train {run.name} ({number} of {len(runs)})", train, hashes)
+        _check_all_begun(recipe, folder, runs, hashes)
         decode_stage(_decoding_like_training(recipe), folder, runs, test_sets, validation_sets)
         note("[4/5] score and compare")
         comparison = evaluate(recipe, folder, runs, test_sets, validation_sets)
@@ -138,7 +139,7 @@ def _last_checkpoint(folder: RunFolder, run: TrainedRun) -> str:
     done = folder.train(run) / DONE_FILE
     if not done.exists():  # in a dry run
         return str(folder.train(run) / "checkpoint-LAST")
-    return str(folder.train(run) / json.loads(done.read_text(encoding="utf-8"))["checkpoints"][-1])
+    return str(folder.train(run) / read_done(folder.train(run))["checkpoints"][-1])
 
 
 def _train(
@@ -149,19 +150,23 @@ def _train(
     train: Train,
     hashes: InputHashes | None = None,
 ) -> None:
+    hashes = hashes or InputHashes()
     options = train_options(recipe, folder, run)
     done = folder.train(run) / DONE_FILE
-    identity = _check_begun(recipe, folder, run, options, hashes or InputHashes(), batch=not done.exists())
+    identity = _check_begun(recipe, folder, run, options, hashes, batch=not done.exists())
     if done.exists():
         note(f"{title}: done")
         return
+    # A file may have changed while another arm was trained on it; and may while this one is, so its hash is of now.
+    _check_all_begun(recipe, folder, trained_runs(recipe), hashes)
+    made_from = options_sha256(options, folder, hashes)
     note(title)
     write_identity(done.parent, identity)
     result = train(options, run.name)
     if not result["checkpoints"]:
         raise UserError(f"{run.name}: training left no checkpoint; `save_strategy: no` cannot be used in a recipe")
     kept = {key: result[key] for key in ("checkpoints", "steps", "records", "dropped", "truncated", "seconds")}
-    write_atomic(done, json.dumps({"identity": options_sha256(options, folder), **kept}, indent=2) + "\n")
+    write_atomic(done, json.dumps({"identity": made_from, **kept}, indent=2) + "\n")
     gc.collect()
 
 
@@ -178,8 +183,7 @@ def _check_begun(
     place = folder.train(run)
     identity = training_identity(options, folder, world_size(recipe), hashes)
     if (place / DONE_FILE).exists():
-        done = json.loads((place / DONE_FILE).read_text(encoding="utf-8"))
-        both = (done["identity"], options_sha256(options, folder))
+        both = (str(read_done(place).get("identity")), options_sha256(options, folder, hashes))
         check_identity(place, options, identity, done_sha256=both, batch=batch)
     elif all_checkpoints(place):  # without one it begins anew, from what is there now
         check_identity(place, options, identity, batch=batch)
@@ -187,7 +191,10 @@ def _check_begun(
 
 
 def _check_all_begun(recipe: Recipe, folder: RunFolder, runs: Sequence[TrainedRun], hashes: InputHashes) -> None:
-    """See, before the first training, to those that would be refused at their turn.
+    """See that all trainings that are done or begun were made from the files that are there now.
+
+    It is done before the first training, for those that would be refused at their turn; before every other one, for
+    files may change meanwhile; and after the last, before anything is compared.
 
     Global batches do not matter any more where all is trained: a run may be decoded on another machine.
     """
@@ -261,7 +268,7 @@ def _report(folder: RunFolder) -> None:
 
 def world_size(recipe: Recipe | None = None) -> int:
     """How many processes train together: as a launcher has told this one, or as the recipe's launch will start."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = started_processes()
     if started > 1 or recipe is None or not recipe.launch:
         return started
     return recipe.launch.processes

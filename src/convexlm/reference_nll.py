@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.files import json_sha256, text_sha256, write_atomic
 from convexlm.progress import note
-from convexlm.runs import DONE_FILE, TrainedRun, run_name
+from convexlm.runs import DONE_FILE, TrainedRun, read_done, run_name
 from convexlm.sweep import read_instruction
 
 if TYPE_CHECKING:
@@ -67,11 +67,9 @@ def reference_nll(recipe: Recipe, folder: RunFolder, test_sets: Sequence[TestSet
 def _trained(folder: RunFolder, arm: str, seed: int, recipe: Recipe) -> Path:
     """The last checkpoint of the arm that others start from."""
     path = folder.train(TrainedRun(arm, seed, run_name(recipe, arm, seed)))
-    try:
-        steps = json.loads((path / DONE_FILE).read_text(encoding="utf-8"))["checkpoints"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{path}: its training is not done") from None
-    return path / str(steps[-1])
+    if not (path / DONE_FILE).exists():
+        raise UserError(f"{path}: its training is not done")
+    return path / str(read_done(path)["checkpoints"][-1])
 
 
 def _at_hand(name: str) -> Path:

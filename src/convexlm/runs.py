@@ -20,15 +20,15 @@ import fcntl
 import importlib.metadata
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import json_sha256, write_atomic
+from convexlm.files import json_sha256, read_json_object, write_atomic
 from convexlm.options import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from convexlm.recipe import Recipe
 
@@ -53,6 +53,11 @@ class RunFolder:
     """Paths of a run folder; makes nothing by itself."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        # Below "." a path does not show that it is in the run folder, so the folder could not be moved.
+        if self.path == Path():
+            object.__setattr__(self, "path", Path.cwd())
 
     @property
     def recipe(self) -> Path:
@@ -178,6 +183,22 @@ def trained_runs(recipe: Recipe) -> list[TrainedRun]:
 def run_name(recipe: Recipe, arm: str, seed: int) -> str:
     """What the folders of an arm and seed are called."""
     return arm if len(recipe.seeds) == 1 or seed == recipe.plain_seed else f"{arm}.seed{seed}"
+
+
+def read_done(place: Path) -> dict[str, Any]:
+    """What `done.json` says of a training that was finished: `checkpoints`, names by step, and more.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        done = read_json_object(place / DONE_FILE)
+        names = done.get("checkpoints")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{place / DONE_FILE}: does not say which `checkpoints` there are")
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the training is taken up at its last checkpoint") from None
+    return done
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, read_text, text_sha256, write_atomic
 from convexlm.live_scores import LiveScores
 from convexlm.progress import note
-from convexlm.runs import DONE_FILE
+from convexlm.runs import read_done
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,10 +58,9 @@ def decoded_checkpoints(recipe: Recipe, folder: RunFolder, run: TrainedRun) -> l
     """The checkpoints of a run that `decode.checkpoints` names: what is decoded, or chosen from.
 
     Raises:
-        UserError: the recipe asks for a step that was not saved.
+        UserError: the recipe asks for a step that was not saved, or `done.json` is damaged.
     """
-    done = json.loads((folder.train(run) / DONE_FILE).read_text(encoding="utf-8"))
-    names = done["checkpoints"]
+    names = read_done(folder.train(run))["checkpoints"]
     wanted = recipe.decode["checkpoints"]
     if wanted == "last":
         names = names[-1:]
@@ -112,7 +111,8 @@ def select_checkpoints(
     Raises:
         UserError: a decode file is missing, or does not fit its references.
     """
-    from convexlm.scoring import Scorer, get_metric, read_hypotheses
+    from convexlm.scoring import Scorer, get_metric
+    from convexlm.segments import read_hypotheses
 
     metric, search = recipe.selection["metric"], recipe.selection["search"]
     files = {

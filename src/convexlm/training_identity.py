@@ -8,13 +8,12 @@ is all that folders of earlier versions have; what they lack is taken as not kno
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import file_sha256, json_sha256, write_atomic
+from convexlm.files import file_sha256, json_sha256, read_json_object, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -75,12 +74,12 @@ class InputHashes:
         return self._known[key]
 
 
-def options_sha256(options: Mapping[str, Any], folder: RunFolder) -> str:
+def options_sha256(options: Mapping[str, Any], folder: RunFolder, hashes: InputHashes) -> str:
     """The hash of options and data files, as `done.json` keeps it; the run folder itself may be moved."""
-    plain = _plain(options, folder)
+    plain, inputs = _plain(options, folder), hashes.of(options)
     for key in ("dataset", "eval_dataset"):
         if options.get(key) and Path(options[key]).is_file():
-            plain[key] = file_sha256(options[key])
+            plain[key] = inputs[key]
     return json_sha256(plain)
 
 
@@ -130,14 +129,7 @@ def check_identity(
     Raises:
         UserError: what differs, in one line.
     """
-    try:
-        kept = json.loads((place / IDENTITY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        kept = {}
-    except ValueError:
-        raise UserError(
-            f"{place / IDENTITY_FILE}: not valid JSON; put it back, or delete the folder {place}"
-        ) from None
+    kept = _kept(place)
     before, now = kept.get("inputs", {}), identity["inputs"]
     for key, digest in now.items():
         if key in before and before[key] != digest:
@@ -163,11 +155,24 @@ def check_identity(
         )
 
 
+def _kept(place: Path) -> dict[str, Any]:
+    """The identity that a training's folder keeps; empty where there is none."""
+    if not (place / IDENTITY_FILE).exists():
+        return {}
+    try:
+        kept = read_json_object(place / IDENTITY_FILE)
+        if bad := [key for key in ("inputs", "options") if not isinstance(kept.get(key, {}), dict)]:
+            raise UserError(f"{place / IDENTITY_FILE}: its `{bad[0]}` is no JSON object")
+    except UserError as error:
+        raise UserError(f"{error}; put it back, or delete the folder {place}") from None
+    return kept
+
+
 def _plain(options: Mapping[str, Any], folder: RunFolder) -> dict[str, str]:
     root = str(folder.path)
 
     def movable(text: str) -> str:
-        return "RUN" + text.removeprefix(root) if text == root or text.startswith(root + os.sep) else text
+        return "RUN" + str(Path(text))[len(root) :] if Path(text).is_relative_to(folder.path) else text
 
     return {key: movable(str(value)) for key, value in options.items() if key not in _LEFT_OUT}
 
