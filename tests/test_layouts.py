@@ -101,7 +101,7 @@ def test_looking_at_a_model_leaves_it_and_random_numbers_as_they_were(tmp_path):
 
 @pytest.mark.parametrize(("name", "refused"), [("opt", True), ("llama", False)])
 def test_weights_that_are_not_there_are_told_by_the_source(tmp_path, caplog, monkeypatch, name, refused):
-    monkeypatch.setattr("convexlm.record_separation._is_whole", lambda *_: False)
+    monkeypatch.setattr("convexlm.record_separation.is_whole", lambda *_: False)
     model = mixing("opt") if refused else tiny_model()
     with caplog.at_level(logging.WARNING, logger="convexlm"):
         if refused:

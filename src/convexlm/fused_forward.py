@@ -7,7 +7,8 @@ DDP, FSDP and DeepSpeed ZeRO-3 put there gather its weight and reduce its gradie
 
 What is relied on, and held to by tests/test_fused_forward.py: `base_model` is the backbone and gives
 `last_hidden_state`; `get_output_embeddings()` is the head; logits are its output times a factor and soft-capped as
-the config says (the same names that TRL reads); experts' load-balancing loss is Mixtral's.
+the config says (the names that TRL reads, and a few more), to which `head_agreement.py` holds the model that is
+trained; experts' load-balancing loss is Mixtral's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 FACTOR_NAMES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISOR_NAME, DIVISOR_IS_FACTOR = "logits_scaling", "hyperclovax"
 SOFTCAP_NAME = "final_logit_softcapping"
+# Names that TRL does not read: other families' caps, and of Inkling's a divisor and the rows of its output layer that
+# are no padding.
+OTHER_SOFTCAP_NAMES = ("logits_soft_cap", "output_logit_soft_cap")
+OTHER_DIVISOR_NAME, ROWS_NAME = "logits_mup_width_multiplier", "unpadded_vocab_size"
 
 
 @dataclass
@@ -151,6 +156,7 @@ def add_fused_objective(model: Any) -> None:
     _check_model(model)
     text_config = model.config.get_text_config()
     scale, softcap = logit_transform(text_config)
+    rows = vocabulary_rows(text_config)
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
@@ -167,7 +173,7 @@ def add_fused_objective(model: Any) -> None:
         mask = fused_objective.attended if mask is None else mask
         backbone = self.base_model(*args, **kwargs)
         states, head = backbone.last_hidden_state, self.get_output_embeddings()
-        loss, out = _call_head(head, fused_objective, states, labels, scale, softcap)
+        loss, out = _call_head(head, fused_objective, states, labels, scale, softcap, rows)
         return FusedModelOutput(
             loss=loss,
             statistics=out.statistics(),
@@ -180,15 +186,22 @@ def add_fused_objective(model: Any) -> None:
 
 def logit_transform(text_config: Any) -> tuple[float, float | None]:
     """The factor on a model's projected states and the soft cap on its logits, from its (text) config."""
-    softcap = getattr(text_config, SOFTCAP_NAME, None)
+    caps = (getattr(text_config, name, None) for name in (SOFTCAP_NAME, *OTHER_SOFTCAP_NAMES))
+    softcap = next((cap for cap in caps if cap is not None), None)
     for name in FACTOR_NAMES:
         factor = getattr(text_config, name, None)
         if factor is not None:
             return float(factor), softcap
-    divisor = getattr(text_config, DIVISOR_NAME, None)
+    divisors = (getattr(text_config, name, None) for name in (DIVISOR_NAME, OTHER_DIVISOR_NAME))
+    divisor = next((one for one in divisors if one is not None), None)
     if divisor is None:
         return 1.0, softcap
     return (float(divisor) if text_config.model_type == DIVISOR_IS_FACTOR else 1.0 / divisor), softcap
+
+
+def vocabulary_rows(text_config: Any) -> int | None:
+    """How many rows of the output layer have a logit, the others being padding; None: all of them."""
+    return getattr(text_config, ROWS_NAME, None)
 
 
 def _check_model(model: Any) -> None:
@@ -202,7 +215,13 @@ def _check_model(model: Any) -> None:
 
 @torch.compiler.disable
 def _call_head(
-    head: Any, call: HeadCall, hidden: Tensor, labels: Tensor, scale: float, softcap: float | None
+    head: Any,
+    call: HeadCall,
+    hidden: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    rows: int | None = None,
 ) -> tuple[Tensor, FusedOutput]:
     """Run `call` as the forward of the head's module, so that hooks on the module see to its weight."""
     # FSDP1's wrapper is a module of its own around the head; its forward must stay.
@@ -226,6 +245,8 @@ def _call_head(
         states = states.to(weight.device)
         if adapter is not None:
             states, weight = _with_adapters(adapter, states, weight)
+        if rows is not None and rows < len(weight):
+            weight, bias = weight[:rows], None if bias is None else bias[:rows]
         found.append(call(states, labels, weight, bias, scale, softcap))
         return found[-1].loss
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convexlm.collator import ATTENTION_LAYERS, ROW
+from convexlm.probing import LENGTH, is_whole, two_records, untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-LENGTH = 6
 # Of a state's norm. Records that are kept apart differ by the rounding of sums in another order.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 POSITIONS = "position_ids"
@@ -46,7 +46,7 @@ def refuse_mixing(trainer: Any, model: Any) -> None:
         ValueError: records would see each other.
     """
     separates = separates_in_its_source(model)
-    if _is_whole(trainer, model):
+    if is_whole(trainer, model):
         try:
             separates = separates_records(model, trainer.data_collator, trainer.accelerator.autocast)
         except Exception as error:  # of a model's own code; training will tell what is wrong with it
@@ -81,7 +81,7 @@ def separates_records(
         autocast: the context that training runs the model in.
         device: where inputs go; the embeddings' device if None.
     """
-    record, between = _two_records(model.config.get_text_config())
+    record, between = two_records(model.config.get_text_config())
     sequences = [record, between, record]
     if collator.packed_rows:
         ids = [token for sequence in sequences for token in sequence]
@@ -95,7 +95,7 @@ def separates_records(
         for key, value in batch.items()
         if key not in ("labels", ROW)
     }
-    with _untouched(model), torch.no_grad(), autocast():
+    with untouched(model), torch.no_grad(), autocast():
         states = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         half = torch.is_autocast_enabled(states.device.type) or model.dtype in (torch.float16, torch.bfloat16)
     first, last = states[:LENGTH].double(), states[2 * LENGTH : 3 * LENGTH].double()
@@ -103,42 +103,6 @@ def separates_records(
     if half and TOLERANCE < error <= HALF_TOLERANCE:
         return separates_in_its_source(model)  # rounding, or a fresh model in which little is attended to
     return bool(error <= TOLERANCE)
-
-
-def _two_records(config: Any) -> tuple[list[int], list[int]]:
-    """Different tokens from all over the vocabulary, none of them special."""
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
-    special = {token for one in special for token in (one if isinstance(one, (list, tuple)) else [one])}
-    step = max(1, config.vocab_size // (2 * LENGTH + 8))
-    ids = [token for token in range(step, config.vocab_size, step) if token not in special]
-    ids = (ids * LENGTH)[: 2 * LENGTH]
-    return ids[:LENGTH], ids[LENGTH:]
-
-
-@contextlib.contextmanager
-def _untouched(model: Any) -> Iterator[None]:
-    """Evaluation mode, after which modes, buffers and random numbers are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _is_whole(trainer: Any, model: Any) -> bool:
-    spread = trainer.is_fsdp_enabled or any(
-        hasattr(parameter, "ds_id") or hasattr(parameter, "placements") or parameter.device.type == "meta"
-        for parameter in model.parameters()
-    )
-    return not spread
 
 
 def _attention(model: Any) -> str:
