@@ -35,6 +35,8 @@ def test_nothing_but_masked_positions(objective):
                 assert not gradient(output, log_probs).any()
                 assert output.num_tokens == 0 and output.num_sequences == 0 and output.normalizer == 0
                 assert not any(summarize(output.statistics()).values())
+                summary = summarize(output.statistics(), empty=math.nan)
+                assert summary.pop("num_target_tokens") == 0 and all(math.isnan(x) for x in summary.values())
                 assert objective(log_probs, mask, sequence_ids=ids, normalizer=0).loss.item() == 0
                 assert objective(log_probs, mask, sequence_ids=ids, normalizer=7).loss.item() == 0
 

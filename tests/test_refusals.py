@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from trl import SFTConfig
 
 from convexlm import ConvexConfig, ConvexTrainer
@@ -59,6 +59,15 @@ def test_arguments_that_would_replace_the_objective_or_lose_the_weights_are_refu
         make(tmp_path, rows(4), given={"compute_loss_func": lambda *a, **k: None})
     with pytest.raises(ValueError, match="a column `weight`"):
         make(tmp_path, rows(4, weights=True), given={"data_collator": DataCollatorForLanguageModeling(0)})
+    heavy = Dataset.from_list(rows(4, weights=True))
+    plain = DataCollatorForLanguageModeling(0)
+    for evaluated in ({"a": Dataset.from_list(rows(4)), "b": heavy}, DatasetDict({"b": heavy})):
+        with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` has a column `weight`"):
+            make(tmp_path, rows(4), eval_data=evaluated, given={"data_collator": plain})
+        make(tmp_path, rows(4), eval_data=evaluated)
+    nameless = IterableDataset.from_generator(lambda: iter(rows(4, weights=True)))
+    with pytest.raises(ValueError, match="`train_dataset` has a column `weight`"):
+        make(tmp_path, nameless, given={"data_collator": plain})
     with pytest.raises(ValueError, match="let your `data_collator` pad left"):
         make(tmp_path, rows(4), padding_side="left", given={"data_collator": DataCollatorForLanguageModeling(0)})
     make(tmp_path, rows(4, weights=True), given={"data_collator": ConvexCollator(0)})

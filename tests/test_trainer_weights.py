@@ -44,6 +44,40 @@ def test_a_bad_weight_is_refused_with_its_record(tmp_path, bad, packing):
         make(tmp_path, data, packing=packing)
 
 
+WEIGHTLESS = [{**row, "weight": 0.0} for row in rows(6)]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_of_0_throughout_are_refused(tmp_path, packing, prepared):
+    settings = {"packing": packing, "dataset_kwargs": {"skip_prepare_dataset": prepared}}
+    weightless = Dataset.from_list(WEIGHTLESS)
+    for data, evaluated, name in (
+        (WEIGHTLESS, None, "train"),
+        (rows(6), weightless, "eval"),
+        (rows(6), {"good": Dataset.from_list(rows(6)), "bad": weightless}, "bad"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*: every record has the weight 0") as caught:
+            make(tmp_path, data, eval_data=evaluated, **settings)
+        assert "\n" not in str(caught.value)
+    trainer = make(tmp_path, rows(6), eval_data=[*rows(6), *WEIGHTLESS], **settings)
+    if not prepared:
+        with pytest.raises(ValueError, match="every record has the weight 0"):
+            trainer.evaluate(weightless)
+
+
+def test_an_evaluation_in_which_nothing_counted_has_no_figures_and_is_not_the_best(tmp_path):
+    stream = Dataset.from_list(WEIGHTLESS).to_iterable_dataset()
+    trainer = make(tmp_path, rows(6), eval_data=stream, metric_for_best_model="nll")
+    found = trainer.evaluate()
+    for name in set(STATISTICS) - {"num_target_tokens"}:
+        assert math.isnan(found[f"eval_{name}"]), name
+    assert found["eval_num_target_tokens"] == 0
+    assert not trainer._determine_best_metric(found, None)
+    found = trainer.evaluate(Dataset.from_list(rows(6)))
+    assert all(math.isfinite(found[f"eval_{name}"]) for name in STATISTICS)
+
+
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 @pytest.mark.parametrize("objective", ["mle", "dft"])
 def test_weights_survive_packing_that_cuts(tmp_path, strategy, objective):

@@ -57,20 +57,21 @@ def merge_statistics(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     }
 
 
-def summarize(statistics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Statistics to the numbers people watch, as Python floats; zeros throughout if there was no target token.
+def summarize(statistics: Mapping[str, Tensor], empty: float = 0.0) -> dict[str, float]:
+    """Statistics to the numbers people watch, as Python floats; `empty` throughout if no target token had weight.
 
     `loss`; `nll` per target token (nats); `weight_mean`; `weight_min`; `effective_sample_size`, which is
     (sum w)^2 / (n sum w^2), the fraction in (0, 1] of units that carry the gradient (0 if every weight underflowed);
-    `num_target_tokens`.
+    `num_target_tokens`, which is a count and always a number.
     """
     s = {key: float(value) for key, value in statistics.items()}
     square = s["units"] * s["weight_sq_sum"]
+    nothing = 0.0 if s["units"] else empty
     return {
-        "loss": s["loss_sum"] / s["normalizer"] if s["normalizer"] else 0.0,
-        "nll": s["nll_sum"] / s["tokens"] if s["tokens"] else 0.0,
-        "weight_mean": s["weight_sum"] / s["units"] if s["units"] else 0.0,
-        "weight_min": s["weight_min"] if s["units"] else 0.0,
-        "effective_sample_size": min(1.0, s["weight_sum"] ** 2 / square) if square else 0.0,
+        "loss": s["loss_sum"] / s["normalizer"] if s["normalizer"] else empty,
+        "nll": s["nll_sum"] / s["tokens"] if s["tokens"] else empty,
+        "weight_mean": s["weight_sum"] / s["units"] if s["units"] else empty,
+        "weight_min": s["weight_min"] if s["units"] else empty,
+        "effective_sample_size": min(1.0, s["weight_sum"] ** 2 / square) if square else nothing,
         "num_target_tokens": s["num_tokens"],
     }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.collator import ConvexCollator
 from convexlm.label_smoothing import refuse_label_smoothing
+from convexlm.record_weights import check_record_weights, columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,13 +105,15 @@ def _data(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
     reasons = []
     collator = given.get("data_collator")
     if collator is not None and not isinstance(collator, ConvexCollator):
-        for name in ("train_dataset", "eval_dataset"):
-            columns = getattr(given.get(name), "column_names", None) or ()
-            if "weight" in columns:
-                reasons.append(
-                    f"`{name}` has a column `weight`, which only a `convexlm.collator.ConvexCollator` hands on; "
-                    "leave `data_collator` out or remove the column"
-                )
+        reasons += [
+            f"`{name}` has a column `weight`, which only a `convexlm.collator.ConvexCollator` hands on; leave "
+            "`data_collator` out or remove the column"
+            for name, dataset in _datasets(given).items()
+            if "weight" in columns_of(dataset)
+        ]
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # which looks at them else
+        for name, dataset in _datasets(given).items():
+            check_record_weights(dataset, name)
     processor = given.get("processing_class")
     if args.assistant_only_loss and processor is not None and args.chat_template_path is None:
         template = getattr(processor, "chat_template", None)
@@ -120,3 +123,12 @@ def _data(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
                 "chat template; give `chat_template_path`, or train on prompt and completion"
             )
     return reasons
+
+
+def _datasets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's datasets by the names that a user knows them by."""
+    found = {"train_dataset": given.get("train_dataset")}
+    evaluated = given.get("eval_dataset")
+    if isinstance(evaluated, dict):
+        return found | {f"eval_dataset[{key!r}]": dataset for key, dataset in evaluated.items()}
+    return found | {"eval_dataset": evaluated}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,18 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 from trl import SFTTrainer, pack_dataset
 
 from convexlm.accelerate_environment import leave_the_environment
-from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, check_weight, keeps_packed_rows
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
 from convexlm.fused_forward import HeadCall, add_fused_objective, experts_of, logit_transform
+from convexlm.head_agreement import refuse_other_logits
 from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
 from convexlm.record_separation import refuse_mixing
+from convexlm.record_weights import check_record_weights, columns_of
 from convexlm.refusals import refuse_prompt_learning, refuse_what_cannot_be_honoured
 from convexlm.sampling import SamplingOrder
 
@@ -102,6 +105,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
         add_fused_objective(base)
+        refuse_other_logits(self, base)
         # Both print to stdout, which belongs to results.
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm and any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -128,15 +132,10 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         if self._lifted_max_length is not None:
             args = copy.copy(args)
             args.max_length = self._lifted_max_length
-        has_weights = "weight" in _columns(dataset)
-        if isinstance(dataset, Dataset) and has_weights:
-            for number, weight in enumerate(dataset["weight"]):
-                try:
-                    check_weight(1.0 if weight is None else float(weight))
-                except ValueError as error:
-                    raise ValueError(f"{dataset_name} dataset, record {number}: {error}") from None
+        check_record_weights(dataset, f"{dataset_name} dataset")
+        has_weights = "weight" in columns_of(dataset)
         before = len(dataset) if isinstance(dataset, Dataset) else None
-        named = isinstance(dataset, Dataset) and RECORD in _columns(dataset) and dataset_name == "train"
+        named = isinstance(dataset, Dataset) and RECORD in columns_of(dataset) and dataset_name == "train"
         if packing and (has_weights or named):
             dataset = self._prepare_packed(dataset, processing_class, args, formatting_func, dataset_name, named)
         else:
@@ -159,7 +158,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         unpacked_args.max_length = None  # packing itself cuts or splits what is too long
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked_args, False, formatting_func, name)
         map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-        has_weights = "weight" in _columns(dataset)
+        has_weights = "weight" in columns_of(dataset)
         spread = {"_weight": "weight"} if has_weights else {}
         if named:
             self._record_names = dataset[RECORD]
@@ -338,11 +337,13 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             name: column.min() if name in MINIMUM_STATISTICS else column.sum()
             for name, column in zip(names, per_rank.unbind(1), strict=True)
         }
-        summary = summarize(merged)
+        # An evaluation in which nothing counted has no figures: 0 would be a perfect one, and the best.
+        empty = math.nan if mode == "eval" else 0.0
+        summary = summarize(merged, empty)
         summary["num_target_tokens"] = int(summary["num_target_tokens"])
         tokens = float(merged["tokens"])
-        summary["token_accuracy"] = float(merged["correct"]) / tokens if tokens else 0.0
-        summary["entropy"] = float(merged["entropy_sum"]) / tokens if tokens else 0.0
+        summary["token_accuracy"] = float(merged["correct"]) / tokens if tokens else empty
+        summary["entropy"] = float(merged["entropy_sum"]) / tokens if tokens else empty
         if "seen" in merged:
             # Counted on from the log, so that a run that was stopped and resumed counts all of its tokens.
             before = (line["num_tokens"] for line in reversed(self.state.log_history) if "num_tokens" in line)
@@ -389,8 +390,3 @@ class _SilentProgress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Nothing: the statistics are in `metrics.jsonl` and with the trackers."""
-
-
-def _columns(dataset: Any) -> list[str]:
-    """The columns of a dataset or stream, from its first record where a stream does not say."""
-    return dataset.column_names or list(next(iter(dataset), {}))
