@@ -127,6 +127,17 @@ def test_the_whole_models_logits_are_taken_where_its_parts_give_others(checkpoin
     np.testing.assert_allclose(measure(model, rows).log_probs[: len(wanted)], wanted, atol=1e-4)
 
 
+def test_the_whole_model_is_called_where_its_states_do_not_fit_the_output_layer(rows):
+    from transformers import ElectraConfig, ElectraForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True}
+    model = ElectraForCausalLM(ElectraConfig(vocab_size=100, hidden_size=32, embedding_size=16, **heads)).eval()
+    logits = model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits[0].double().log_softmax(-1)
+    wanted = [logits[i - 1, label].item() for i, label in enumerate(rows[0]["labels"]) if label != -100]
+    np.testing.assert_allclose(measure(model, rows).log_probs[: len(wanted)], wanted, atol=1e-4)
+
+
 def test_out_of_memory_halves_the_batch(checkpoint, rows, monkeypatch):
     import convexlm.diagnosis.measure as module
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from convexlm.errors import UserError
-from convexlm.fused_forward import logit_transform
+from convexlm.fused_forward import logit_transform, vocabulary_rows
 from convexlm.head_scores import TokenScores, token_scores
 from convexlm.objectives import IGNORE_INDEX
 
@@ -161,7 +161,11 @@ def _check_head(model: Any, rows: Sequence[dict[str, Any]], device: torch.device
     if weight is None or weight.device.type == "meta" or getattr(model, "base_model", model) is model:
         return False
     shortest = [min(rows, key=lambda row: len(row["input_ids"]))]
-    (whole, _), (parts, _) = (_measure_batch(model, shortest, fused, device)[0] for fused in (False, True))
+    (whole, _) = _measure_batch(model, shortest, False, device)[0]
+    try:
+        (parts, _) = _measure_batch(model, shortest, True, device)[0]
+    except ValueError:  # states of another width than the output layer's
+        return False
     tolerance = 2e-2 if next(model.parameters()).element_size() < 4 else 1e-4
     # Where the weights are broken there is nothing to compare, and the log-probabilities will say so.
     return not bool((np.abs(whole - parts) / np.maximum(1.0, np.abs(whole)) > tolerance).any())
@@ -195,9 +199,11 @@ def _by_head(model: Any, states: Tensor, labels: Tensor) -> TokenScores:
     head = model.get_output_embeddings()
     factor, softcap = logit_transform(model.config.get_text_config())
     device = head.weight.device  # of a model split over devices, the backbone may end on another
+    rows = vocabulary_rows(model.config.get_text_config())
     bias = getattr(head, "bias", None)
+    weight, bias = head.weight[:rows], None if bias is None else bias[:rows]
     return token_scores(
-        states.to(device), head.weight, labels.to(device), bias=bias, logit_scale=factor, logit_softcap=softcap
+        states.to(device), weight, labels.to(device), bias=bias, logit_scale=factor, logit_softcap=softcap
     )
 
 
