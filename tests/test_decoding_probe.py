@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from convexlm.decoding import Search
 from convexlm.decoding.backends.hf import HuggingFaceBackend
-from convexlm.decoding.generation import loops_differ, padding_shows, why_not
+from convexlm.decoding.generation import loops_differ, others_show, padding_shows, why_not
+from convexlm.errors import UserError
 
 EOS, PAD = [2], 0
 
@@ -60,23 +61,31 @@ RECURRENT: dict[str, Any] = {"head_dim": 8, "lru_width": 32, "attention_window_s
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "shows"),
+    ("kind", "changes", "shows", "others"),
     [
-        ("llama", {}, False),
-        ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}, False),
-        ("recurrent_gemma", {**RECURRENT, "block_types": ["recurrent", "attention"]}, True),
+        ("llama", {}, False, False),
+        ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}, False, False),
+        ("recurrent_gemma", {**RECURRENT, "block_types": ["recurrent", "attention"]}, True, False),
+        ("rwkv", {"attention_hidden_size": 32}, True, True),
     ],
 )
-def test_prompts_of_one_length_go_together_where_padding_shows(kind: str, changes: dict, shows: bool):
+def test_prompts_go_together_where_neither_padding_nor_others_show(
+    kind: str, changes: dict, shows: bool, others: bool
+):
     backend = HuggingFaceBackend()
     backend.model, backend.eos_ids, backend.pad_id, backend.why_generate = wild(kind, **changes), EOS, PAD, "it asks"
     backend.model.generation_config = GenerationConfig()
     backend.one_length = padding_shows(backend.model, {PAD, *EOS}, PAD)
-    assert backend.one_length == shows
+    backend.one_prompt = others_show(backend.model, {PAD, *EOS}, PAD)
+    assert (backend.one_length, backend.one_prompt) == (shows, others)
     chance = random.Random(4)
     prompts = [[chance.randrange(3, 60) for _ in range(chance.randint(3, 12))] for _ in range(10)]
+    prompts += [prompt[::-1] for prompt in prompts[:3]]
     search = Search(max_new_tokens=8)
     together = backend.generate(prompts, search)
     alone = [backend.generate([prompt], search)[0] for prompt in prompts]
     assert [found.token_ids for found in together] == [found.token_ids for found in alone]
+    if others:
+        with pytest.raises(UserError, match="give num_beams 1 and num_return_sequences 1"):
+            backend.generate(prompts, Search(num_beams=2, max_new_tokens=8))
     assert [found.log_prob for found in together] == pytest.approx([found.log_prob for found in alone], abs=1e-3)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.patience import Patience
+from convexlm.errors import UserError
+from convexlm.progress import note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +40,8 @@ class HuggingFaceBackend(Backend):
     """Why transformers' `generate` is used; empty where our loops are."""
     one_length: bool = False
     """Whether `generate` is given prompts of one length at a time, since padding would change what it finds."""
+    one_prompt: bool = False
+    """Whether it is given one prompt at a time, since even others of its length would."""
     prefix: Any = None
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
@@ -44,7 +49,7 @@ class HuggingFaceBackend(Backend):
         import torch
         from transformers import GenerationConfig
 
-        from convexlm.decoding.generation import loops_differ, padding_shows, why_not
+        from convexlm.decoding.generation import loops_differ, others_show, padding_shows, why_not
         from convexlm.decoding.loading import load_model, load_tokenizer
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -59,6 +64,9 @@ class HuggingFaceBackend(Backend):
         special = {self.pad_id, *self.eos_ids}
         self.why_generate = why_not(self.model) or loops_differ(self.model, special)
         self.one_length = bool(self.why_generate) and padding_shows(self.model, special, self.pad_id)
+        self.one_prompt = self.one_length and others_show(self.model, special, self.pad_id)
+        if self.one_prompt:
+            _say_alone(self.model.config.model_type)
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
         """Compute the keys and values of the prompts' shared head."""
@@ -104,6 +112,11 @@ class HuggingFaceBackend(Backend):
 
         from convexlm.decoding.generation import beam_search, greedy_search, sample
 
+        if self.one_prompt and search.rows > 1:
+            raise UserError(
+                "what this model finds for a prompt depends on what is beside it in a batch, and beams and samples "
+                "are beside each other; give num_beams 1 and num_return_sequences 1"
+            )
         with torch.inference_mode():
             if self.why_generate:
                 return self._in_groups(prompts, search)
@@ -123,10 +136,11 @@ class HuggingFaceBackend(Backend):
         self.model = release_memory(self.model)[0]  # collects garbage too
 
     def _in_groups(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis | None]:
-        """By `generate`, all at once or, where padding shows, the prompts of each length by themselves."""
+        """By `generate`: all at once, or by length where padding shows, or one by one where other prompts do."""
         groups: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
-            groups.setdefault(len(prompt) if self.one_length else 0, []).append(place)
+            key = place if self.one_prompt else len(prompt) if self.one_length else 0
+            groups.setdefault(key, []).append(place)
         found: list[Hypothesis | None] = [None] * len(prompts)
         for places in groups.values():
             hypotheses = self._by_transformers([prompts[place] for place in places], search)
@@ -219,6 +233,12 @@ class HuggingFaceBackend(Backend):
             own = logits[row, begin : begin + len(answer)].float()
             scores.append(_sum_log_probs(own, ids[row, len(prompt) : len(prompt) + len(answer)]))
         return scores
+
+
+@cache
+def _say_alone(kind: str) -> None:
+    """Tell, once, why decoding with a model is slow."""
+    note(f"  {kind}: other prompts in a batch change what is found for one, so prompts are decoded one at a time")
 
 
 def _sum_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ once, a prompt once and not once a beam, and a finished sentence leaves the batc
 
 from convexlm.decoding.generation.beam import beam_search
 from convexlm.decoding.generation.greedy import greedy_search, sample
-from convexlm.decoding.generation.probe import loops_differ, padding_shows
+from convexlm.decoding.generation.probe import loops_differ, others_show, padding_shows
 from convexlm.decoding.generation.rows import Prefix, Rows, why_not
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "beam_search",
     "greedy_search",
     "loops_differ",
+    "others_show",
     "padding_shows",
     "sample",
     "why_not",

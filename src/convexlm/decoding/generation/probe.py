@@ -1,4 +1,4 @@
-"""A model tried out: whether our loops, and padding at the left, leave its probabilities as they are.
+"""A model tried out: whether our loops, padding at the left, and other prompts leave its probabilities as they are.
 
 What a model does with positions and masks that it is given cannot be read off its signature, and a wrong hypothesis
 looks like any other. So a few tokens are run both ways when a checkpoint has been loaded.
@@ -66,12 +66,33 @@ def padding_shows(model: Any, special: Collection[int], pad_id: int) -> bool:
     mask[0, :fill] = 0
     try:
         with torch.inference_mode():
-            padded = _generated(model, ids, mask, pad_id)
+            padded = [step[:1] for step in _generated(model, ids, mask, pad_id)]
             alone = _generated(model, ids[:1, fill:], mask[:1, fill:], pad_id)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         _unless_no_room(error)
         return True
     return any(_differ(model, *steps) for steps in zip(padded, alone, strict=True))
+
+
+def others_show(model: Any, special: Collection[int], pad_id: int) -> bool:
+    """Whether a prompt's probabilities under `generate` change with another one of its length in the batch.
+
+    They do in RWKV (transformers 5.23): a step takes the last prompt's state for all of them.
+    """
+    tokens = _tokens(model, special)
+    if not tokens:
+        return True
+    ids = torch.tensor([tokens[:5], tokens[5:10]], device=model.device)
+    mask = torch.ones_like(ids)
+    try:
+        with torch.inference_mode():
+            together = _generated(model, ids, mask, pad_id)
+            each = [_generated(model, ids[row : row + 1], mask[row : row + 1], pad_id) for row in (0, 1)]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        _unless_no_room(error)
+        return True
+    alone = [torch.cat(steps) for steps in zip(*each, strict=True)]
+    return any(_differ(model, *steps) for steps in zip(together, alone, strict=True))
 
 
 def _tokens(model: Any, special: Collection[int]) -> list[int]:
@@ -87,11 +108,11 @@ def _last_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, pad_id: int) -> tuple[torch.Tensor, ...]:
-    """What `generate` sees at its first two steps for the first row, (1, V) each: the second by states handed on."""
+    """What `generate` sees at its first two steps, (rows, V) each: the second by states handed on."""
     settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": pad_id}
     config = GenerationConfig(**settings, output_logits=True, return_dict_in_generate=True)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return tuple(step[:1].float() for step in output.logits)
+    return tuple(step.float() for step in output.logits)
 
 
 def _differ(model: Any, found: torch.Tensor, alone: torch.Tensor) -> bool:
