@@ -11,7 +11,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import file_sha256, json_sha256, read_text, text_sha256, write_atomic
+from convexlm.files import file_sha256, json_sha256, text_sha256, write_atomic
+from convexlm.instruction_file import read_instruction_file
 from convexlm.live_scores import LiveScores
 from convexlm.progress import note
 from convexlm.runs import read_done
@@ -166,10 +167,7 @@ def read_instruction(recipe: Recipe) -> str | None:
         UserError: its file is missing or empty.
     """
     if path := recipe.decode.get("instruction_file"):
-        text = read_text(path).strip("\r\n")
-        if not text.strip():
-            raise UserError(f"decode.instruction_file {path}: the file is empty")
-        return text
+        return read_instruction_file(path, "decode.instruction_file")
     return recipe.decode.get("instruction")
 
 

@@ -232,15 +232,12 @@ def _sources(args: argparse.Namespace) -> Any:
 
 
 def _instruction(args: argparse.Namespace) -> str | None:
-    from convexlm.files import read_text
+    from convexlm.instruction_file import read_instruction_file
     from convexlm.templates import TRANSLATION_INSTRUCTION
 
     instruction = args.instruction
     if args.instruction_file is not None:
-        # The line end that editors put at the end of a file is no part of the instruction.
-        instruction = read_text(args.instruction_file).rstrip("\r\n")
-        if not instruction.strip():
-            raise UserError(f"{args.instruction_file}: the file is empty")
+        instruction = read_instruction_file(args.instruction_file, "--instruction_file")
     if args.documents is not None and instruction is None:
         raise UserError("say what is to be done with the documents: --instruction TEXT or --instruction_file FILE")
     if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
