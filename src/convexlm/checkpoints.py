@@ -86,9 +86,13 @@ def is_interruption(checkpoint: Path) -> bool:
 
 
 def best_checkpoint(checkpoint: Path) -> str | None:
-    """The best one (by `metric_for_best_model`) that the Trainer knew of when it saved this one."""
+    """The best one (by `metric_for_best_model`) that the Trainer knew of when it saved this one; None if it is gone.
+
+    It lies beside this one: the Trainer keeps its path, which another working folder or a moved run makes wrong.
+    """
     best = _read(checkpoint / "trainer_state.json").get("best_model_checkpoint")
-    return best if isinstance(best, str) else None
+    path = checkpoint.parent / Path(best).name if isinstance(best, str) and best else None
+    return str(path) if path is not None and path.is_dir() else None
 
 
 def begin_checkpoint(checkpoint: Path) -> None:
@@ -167,12 +171,12 @@ def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None
     regular = [path for path in complete[:-1] if path.exists()]
     if limit is None or limit <= 0:
         return
-    spared = {Path(best).resolve()} if best else set()
+    spared = Path(best).name if best else None  # by its name, for its folder may have been moved
     surplus = len(regular) + 1 - limit
     for path in regular:
         if surplus <= 0:
             break
-        if path.resolve() not in spared:
+        if path.name != spared:
             remove_checkpoint(path)
             surplus -= 1
 
