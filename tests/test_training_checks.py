@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def files(tmp_path_factory):
     (folder / "heavy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     lines[3] = {"prompt": "w1", "completion": " ".join(["w2"] * 40)}
     (folder / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copyfile(folder / "nothing.jsonl", folder / "evalnothing.jsonl")
     return folder
 
 
@@ -71,6 +73,10 @@ def here(files, monkeypatch):
         ({"eval_on_start": True}, "--eval_on_start needs --eval_dataset"),
         ({"metric_for_best_model": "bleu"}, "--metric_for_best_model bleu: not measured"),
         ({"dataset": "nothing.jsonl"}, "nothing.jsonl: every record has the weight 0"),
+        (
+            {"eval_dataset": "evalnothing.jsonl", "eval_strategy": "steps"},
+            "evalnothing.jsonl: every record has the weight 0, so there is nothing to evaluate on",
+        ),
         ({"dataset": "heavy.jsonl"}, "heavy.jsonl, line 4: `weight` must be at most 3.4"),
         ({"per_device_train_batch_size": 9, "dataloader_drop_last": True}, "8 records, packed or not, make no whole"),
     ],
@@ -188,3 +194,42 @@ def test_a_weight_that_float32_cannot_hold_is_refused():
     check_weight(3e38)
     with pytest.raises(ValueError, match="float32's largest"):
         check_weight(1e39)
+
+
+# -- a generation config that transformers would not save
+
+
+@pytest.fixture(scope="module")
+def trained_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"temperature": 0.6, "top_p": 0.9},
+            "it sets temperature and top_p without sampling; set `do_sample` to true",
+        ),
+        ({"length_penalty": 2.0}, "it sets length_penalty without beam search; set `num_beams` above 1 there"),
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_cannot_be_saved_is_told_before_the_first_step(
+    trained_model, files, tmp_path, capsys, config, said
+):
+    """The Trainer gives it the tokenizer's pad token, and what was changed has to be valid to be saved."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained_model, folder)
+    written = {"bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.31.0", **config}
+    (folder / "generation_config.json").write_text(json.dumps(written))
+    options = {"config_name": None, "tokenizer_name": None, "model_name_or_path": folder}
+    line = refused(files, tmp_path / "run", capsys, **options)
+    assert f"generation_config.json of {folder}: not valid, so no checkpoint could be saved: " in line and said in line
+    # An adapter is saved without it, and one that is not changed is saved as it was.
+    assert run(files, tmp_path / "adapter", **options, use_peft=True) == 0
+    (folder / "generation_config.json").write_text(json.dumps({**written, "pad_token_id": 0}))
+    assert run(files, tmp_path / "unchanged", **options) == 0

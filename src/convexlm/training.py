@@ -21,9 +21,17 @@ from convexlm.checkpoints import (
 )
 from convexlm.errors import Stopped, UserError
 from convexlm.interrupts import SignalWatch, signal_name
+from convexlm.output_folder import held, refuse_checkpoints
 from convexlm.progress import TrainProgress, note
-from convexlm.resuming import agreed_start, refuse_checkpoints, training_marker
-from convexlm.training_checks import check_loader, check_rows, check_settings, check_weights
+from convexlm.resuming import agreed_start
+from convexlm.training_checks import (
+    check_generation_config,
+    check_loader,
+    check_rows,
+    check_settings,
+    check_weights,
+)
+from convexlm.training_marker import content_of, model_identity, training_marker
 from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
@@ -99,22 +107,39 @@ def train_model(
         `records` counts the rows that the steps took, and `dropped` and `truncated` are None.
 
     Raises:
-        UserError: data, model or options cannot be used, or the output folder holds checkpoints and `resume` is off.
+        UserError: data, model or options cannot be used, the output folder holds checkpoints and `resume` is off, or
+            another training is at work there.
         Stopped: SIGTERM or SIGINT came, and a checkpoint was saved; or a step's loss or gradient was not finite.
     """
-    from trl import get_quantization_config
-
-    from convexlm.tokenization import PromptSettings, load_tokenizer
-    from convexlm.trainer import ConvexTrainer
-
-    begun = time.monotonic()
     _quiet_libraries()
-    if args.return_freed_memory and return_freed_memory(args.device.type):
-        opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     output_dir = Path(str(args.output_dir))
     check_settings(args, data)
     _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)
+    with held(args, output_dir):
+        refuse_checkpoints(output_dir, resume)  # another training may have left some meanwhile
+        return _train_in(output_dir, model_options, data, args, resume, title, opening)
+
+
+def _train_in(
+    output_dir: Path,
+    model_options: ModelConfig,
+    data: DataOptions,
+    args: ConvexConfig,
+    resume: bool,
+    title: str,
+    opening: str | None,
+) -> dict[str, Any]:
+    """As `train_model`, in a folder that this process holds."""
+    from transformers.trainer_utils import align_special_tokens
+    from trl import get_quantization_config
+
+    from convexlm.continuing import ContinuingTrainer, refuse_what_cannot_change
+    from convexlm.tokenization import PromptSettings, load_tokenizer
+
+    begun = time.monotonic()
+    if args.return_freed_memory and return_freed_memory(args.device.type):
+        opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     tokenizer_source = data.tokenizer_name or model_options.model_name_or_path or data.config_name
     tokenizer = load_tokenizer(
         str(tokenizer_source),
@@ -123,10 +148,12 @@ def train_model(
     )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
     check_model(model_options, data)  # before the data, which may take long
+    model_facts = model_identity(model_options, data, args, str(tokenizer_source), tokenizer)
     train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
     eval_dataset = None
     if data.eval_dataset:  # the whole of it, whatever `max_records` says
         eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings, None).dataset
+        check_weights(eval_dataset, data.eval_dataset, "evaluate on")
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -135,7 +162,7 @@ def train_model(
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # torch warns at every loader where there is nothing to pin for
     trainer = _as_user_errors(
-        lambda: ConvexTrainer(
+        lambda: ContinuingTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -146,12 +173,16 @@ def train_model(
         )
     )
     progress = _add_callbacks(trainer, title)
-    marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity)
+    marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity, model_facts)
     trainer.checkpoint_marker = marker
     trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
     for name, rows in ((data.dataset, train_dataset), (data.eval_dataset, eval_dataset)):
         if rows is not None:
             check_rows(rows, str(name), trainer.model, tokenizer, args)
+    if model_options.use_peft is False and getattr(trainer.model, "generation_config", None) is not None:
+        align_special_tokens(trainer.model, tokenizer)  # as its `train` does
+        place = "the model" if data.config_name else model_options.model_name_or_path
+        check_generation_config(trainer.model.generation_config, f"generation_config.json of {place}")
     loader = trainer.get_train_dataloader()
     check_loader(loader, counts["records"], args)
     max_steps = trainer.set_initial_training_values(args, loader)[-1]
@@ -166,6 +197,8 @@ def train_model(
         _say(f"  {title}: {opening}")
     # Resumed at its very end, transformers' loop would train one step more before it looks.
     before = steps = step_of(last) if last is not None else 0
+    if last is not None and steps < max_steps:
+        refuse_what_cannot_change(last, marker, deepspeed=trainer.is_deepspeed_enabled)
     if steps >= max_steps:
         _say(f"  {title}: nothing to do: {last} is there, and the training has {max_steps} steps")
     else:
@@ -215,7 +248,8 @@ def _training_rows(
     data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The dataset to train on, what there is to say of it, and what tells it from another (see `training_marker`)."""
-    identity = {"dataset": {"name": Path(data.dataset).name, "content": None}, "max_records": data.max_records}
+    name = Path(data.dataset).name
+    identity: dict[str, Any] = {"streaming": data.streaming, "max_records": data.max_records}
     if data.streaming:
         from convexlm.streaming import RecordStream
 
@@ -232,10 +266,12 @@ def _training_rows(
         # Every process reads the stream and takes its rows: what one process would deal out has to be of one length.
         args.accelerator_config.dispatch_batches = False
         next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
+        content = content_of(Path(data.dataset))
+        identity = {**identity, "shuffle_buffer": data.shuffle_buffer, "dataset": {"name": name, "content": content}}
         return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity
     found = _prepared(data.dataset, data, args, tokenizer, settings, data.max_records)
     check_weights(found.dataset, data.dataset)
-    identity["dataset"] = {"name": Path(data.dataset).name, "content": found.source[1] if found.source else None}
+    identity["dataset"] = {"name": name, "content": found.source[1] if found.source else None}
     counts = {"records": len(found.dataset), "dropped": found.dropped, "truncated": found.truncated}
     return found.dataset, counts, identity
 

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import re
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
@@ -178,14 +179,50 @@ def check_rows(dataset: Any, name: str, model: Any, tokenizer: Any, args: Convex
         )
 
 
-def check_weights(dataset: Any, name: str) -> None:
+def check_weights(dataset: Any, name: str, purpose: str = "train on") -> None:
     """See that some record of a dataset with the column `weight` counts.
 
     Raises:
         UserError: all weights are 0.
     """
     if not pc.max(dataset.data.column("weight")).as_py():
-        raise UserError(f"{name}: every record has the weight 0, so there is nothing to train on")
+        raise UserError(f"{name}: every record has the weight 0, so there is nothing to {purpose}")
+
+
+def check_generation_config(generation_config: Any, where: str = "the model's generation_config.json") -> None:
+    """See that transformers will save a generation config with the checkpoints.
+
+    It is stricter with one that was changed since it was loaded, and the Trainer changes it where the tokenizer has
+    other special tokens (`transformers.trainer_utils.align_special_tokens`); so do that first.
+
+    Args:
+        generation_config: as the model has it when it is saved.
+        where: what to call it.
+
+    Raises:
+        UserError: it will not; the options at fault are named.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with tempfile.TemporaryDirectory(prefix="convexlm-") as folder:
+            generation_config.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        found = re.findall(r"^- `(\w+)`: `(do_sample|num_beams)` is", str(error), re.MULTILINE)
+        reasons = [
+            f"it sets {' and '.join(names)} without {what}; {mend} there, or take out what it sets"
+            for way, what, mend in (
+                ("do_sample", "sampling", "set `do_sample` to true"),
+                ("num_beams", "beam search", "set `num_beams` above 1"),
+            )
+            if (names := [name for name, of in found if of == way])
+        ]
+        reason = "; ".join(reasons) or " ".join(str(error).split("\n\n")[0].split())[:160]
+        raise UserError(f"{where}: not valid, so no checkpoint could be saved: {reason}") from None
+    finally:
+        logging.set_verbosity(level)
 
 
 def check_loader(loader: Any, records: int | None, args: ConvexConfig) -> None:

@@ -1,0 +1,99 @@
+"""The folder that a training writes into: one training at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING
+
+from convexlm.checkpoints import all_checkpoints
+from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from convexlm.config import ConvexConfig
+
+LOCK_FILE = ".training.lock"
+# Forked workers of a data loader keep their parent's lock until they see that it was killed, some seconds later.
+SECONDS_TO_WAIT = 8.0
+
+
+def refuse_checkpoints(output_dir: Path, resume: bool) -> None:
+    """Refuse an output folder that cannot be trained into.
+
+    Raises:
+        UserError: it is a file, or holds checkpoints and `resume` is off.
+    """
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir}: is a file, not a folder")
+    if all_checkpoints(output_dir) and not resume:
+        raise UserError(f"{output_dir} holds checkpoints already; give --resume to go on, or another --output_dir")
+
+
+@contextlib.contextmanager
+def held(args: ConvexConfig, output_dir: Path) -> Iterator[None]:
+    """Hold an output folder for this training: the first of its processes does, and all of them hear of it.
+
+    Raises:
+        UserError: another training is at work there, or the folder cannot be made.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    handle, refusal, made = None, None, not output_dir.exists()
+    if args.process_index == 0:
+        try:
+            handle = _lock(output_dir)
+        except UserError as error:
+            refusal = str(error)
+    try:
+        if args.world_size > 1:
+            (refusal,) = broadcast_object_list([refusal])
+        if refusal:
+            raise UserError(refusal)
+        yield
+    finally:
+        if handle is not None:
+            _unlock(output_dir, handle, made)
+
+
+def _lock(output_dir: Path) -> int:
+    file, end = output_dir / LOCK_FILE, time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # the folder was just removed by another that wrote nothing
+            continue
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror or error})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--output_dir {output_dir}: another training is at work here; wait for its end, or choose "
+                    "another --output_dir"
+                ) from None
+            time.sleep(0.1)
+            continue
+        except OSError:  # some network file systems have no locks
+            return handle
+        # Between opening and locking, the process that held it may have ended and removed it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(file)):
+                return handle
+        os.close(handle)
+
+
+def _unlock(output_dir: Path, handle: int, made: bool) -> None:
+    """Remove the lock while still holding it, and a folder that was made for nothing."""
+    with contextlib.suppress(OSError):
+        (output_dir / LOCK_FILE).unlink(missing_ok=True)
+        if made:
+            output_dir.rmdir()
+    os.close(handle)

@@ -1,0 +1,98 @@
+"""One training at a time in an output folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from convexlm import output_folder
+from convexlm.config import ConvexConfig
+from convexlm.output_folder import LOCK_FILE, held
+from training_helpers import TRAIN, environment, train, words, write_model_files, write_records
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_model_files(folder / "model")
+    write_records(folder / "data.jsonl", 8)
+    return folder
+
+
+def given(files, **settings):
+    return {"config_name": files / "model", "tokenizer_name": files / "model", "dataset": files / "data.jsonl",
+            "max_steps": 2, "save_steps": 2, **settings}  # fmt: skip
+
+
+def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(output_folder, "SECONDS_TO_WAIT", 0.2)
+    run = tmp_path / "run"
+    script = (
+        "import sys, time; from convexlm.config import ConvexConfig; from convexlm.output_folder import held\n"
+        "from pathlib import Path\n"
+        "args = ConvexConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False)\n"
+        "with held(args, Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(300)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, run], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        for plain in ((), ("--resume",)):
+            assert train(run, *plain, **given(files)) == 2
+            (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+            assert f"--output_dir {run}: another training is at work here" in line
+        assert [path.name for path in run.iterdir()] == [LOCK_FILE]
+    finally:
+        holder.kill()
+        holder.wait()
+    # What a kill leaves holds nobody up, and goes.
+    assert train(run, **given(files)) == 0
+    assert (run / "checkpoint-2").is_dir() and not (run / LOCK_FILE).exists()
+
+
+def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path):
+    args = ConvexConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    holder = subprocess.Popen(
+        ["flock", "-n", tmp_path / LOCK_FILE, "-c", "echo held; exec sleep 1"], stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        begun = time.monotonic()
+        with held(args, tmp_path):
+            assert time.monotonic() - begun > 0.5
+    finally:
+        holder.wait()
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_leaves_no_folder(files, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, **given(files, dataset=files / "missing.jsonl")) == 2
+    assert not run.exists()
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run", **given(files)) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_hear_of_it_together(files, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = subprocess.Popen(
+        ["flock", "-n", run / LOCK_FILE, "-c", "echo held; exec sleep 300"], stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        options = words(output_dir=run, num_processes=2, **given(files))
+        done = subprocess.run(
+            [sys.executable, "-m", "convexlm.cli", "train", *TRAIN, *options], env=environment(), capture_output=True,
+            text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.count("another training is at work here") == 1
+    finally:
+        holder.kill()
+        holder.wait()
