@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,31 +103,34 @@ def check_files(recipe: Recipe) -> dict[str, int]:
     if model and Path(model).exists():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
-        _check_generation_config(Path(model))
+        if not recipe.model.get("use_peft"):  # an adapter is saved without it
+            _check_generation_config(Path(model))
     read_instruction(recipe)
     return counted
 
 
 def _check_generation_config(model: Path) -> None:
-    """See that a model's generation config is one that transformers will save with the checkpoints."""
+    """See that a model's generation config is one that transformers will save with the checkpoints.
+
+    Whatever it says, it is saved as long as it stays as it was loaded. One without a padding token gets that of the
+    tokenizer in training; whether another one changes is for the training to tell, before its first step.
+    """
     from transformers import GenerationConfig
-    from transformers.utils import logging
+
+    from convexlm.training_checks import check_generation_config
 
     file = model / "generation_config.json"
     if not file.is_file():
         return
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        GenerationConfig.from_pretrained(str(model)).validate(strict=True)
+        config = GenerationConfig.from_pretrained(str(model))
     except (ValueError, TypeError, OSError) as error:
-        found = re.findall(r"^- `(\w+)`: `do_sample` is not", str(error), re.MULTILINE)
-        reason = " ".join(str(error).split("\n- ")[-1].split())[:160]
-        if found:
-            reason = f"it sets {' and '.join(found)} without sampling; set `do_sample` to true there, or take them out"
-        raise UserError(f"{file}: not valid, so no checkpoint could be saved: {reason}") from None
-    finally:
-        logging.set_verbosity(level)
+        raise UserError(
+            f"{file}: not valid, so the model cannot be loaded ({' '.join(str(error).split())[:160]})"
+        ) from None
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # any will do
+        check_generation_config(config, str(file))
 
 
 def check_trainings(
