@@ -96,7 +96,7 @@ def test_the_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_verb_is_one_line_and_exit_code_2(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([word, "--help"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and f"unknown verb `{word}`; known: " in err and "train" in err
+    assert out == "" and err.count("\n") == 1 and f"unknown verb `{word}`; " in err and "train" in err
 
 
 # -- exit codes and output
@@ -122,7 +122,15 @@ def test_a_users_mistake_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, capf
 
     verb(monkeypatch, run)
     assert refused(["score"], capfd) == "convexlm score: error: wrong in two lines"
-    assert "unrecognized arguments: --bogus" in refused(["score", "--bogus"], capfd)
+    assert "unknown option --bogus (see " in refused(["score", "--bogus"], capfd)
+
+
+def test_a_misspelt_word_is_named_before_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["score", "--hypotheses", "h", "--reference=r", "--target_lang", "de"]
+    assert "unknown option --reference; did you mean `--references`?" in refused(words, capfd)
+    assert "did you mean `--learning_rate`?" in refused(["train", "--learning_rat", "1e-3"], capfd)
+    assert cli.main(["sore"]) == 2
+    assert capfd.readouterr().err == "convexlm: error: unknown verb `sore`; did you mean `score`?\n"
 
 
 def test_a_bug_is_no_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +142,36 @@ def test_a_bug_is_no_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["score"])
 
 
-def test_an_interrupt_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(args: Any) -> None:
         raise KeyboardInterrupt
 
     verb(monkeypatch, run)
-    assert cli.main(["score"]) == 1
+    assert cli.main(["score"]) == 130
     assert capsys.readouterr() == ("", "convexlm score: stopped; the same command goes on from here\n")
+
+
+def test_sigterm_is_one_line_and_143_and_not_a_workers(monkeypatch, capsys) -> None:
+    ended = []
+
+    def run(args: Any) -> None:
+        ready, told = os.pipe()
+        worker = os.fork()
+        if worker == 0:  # a pool's worker: ended by its own SIGTERM, without a word
+            os.write(told, b"!")
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(worker, signal.SIGTERM)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    verb(monkeypatch, run)
+    assert cli.main(["score"]) == 143
+    assert ended == [-signal.SIGTERM]
+    assert capsys.readouterr() == ("", "convexlm score: stopped; the same command goes on from here\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slow
@@ -229,7 +260,7 @@ def test_train_refuses_data_it_cannot_use(
     [
         (["--template", "alpacca"], "unknown template `alpacca`"),
         (["--objective", "convx"], "convx"),
-        (["--objectve", "mle"], "unrecognized arguments: --objectve"),
+        (["--objectve", "mle"], "unknown option --objectve; did you mean `--objective`?"),
         (["--objective", "convex", "--k", "0"], "k"),
         (["--objective", "convex", "--k", "-1"], "k"),
         (["--objective", "convex", "--k", "nan"], "k"),
@@ -387,7 +418,7 @@ def test_run_leaves_the_folders_of_others_alone(tmp_path: Path, capfd: pytest.Ca
     [
         ([], "the following arguments are required: RECIPE.yaml"),
         (["nothing.yaml"], "nothing.yaml: no such file"),
-        (["tiny.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["tiny.yaml", "--dryrun"], "unknown option --dryrun; did you mean `--dry_run`?"),
         (["tiny.yaml", "--set", "train.max_stpes=3"], "did you mean `max_steps`?"),
         (["tiny.yaml", "--set", "nonsense"], "expected dotted.key=value"),
         (["tiny.yaml", "--set"], "--set: expected one argument"),

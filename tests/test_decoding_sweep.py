@@ -20,7 +20,7 @@ from convexlm.decoding.store import DecodeStore
 from convexlm.decoding.task import Task
 from convexlm.decoding.work import Batch, Engine, Load, Part, Sizes
 from convexlm.errors import UserError
-from convexlm.scoring import read_hypotheses
+from convexlm.segments import read_hypotheses
 from decoding_helpers import SOURCES, EchoBackend, fake_checkpoint, make_checkpoint, make_job, make_test_set, read
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ def test_a_list_in_the_file_does_not_swallow_the_positional(tmp_path: Path) -> N
         ("1: x\n", "unknown option `1`"),
         ("number: three\n", "--number: invalid int value: 'three'"),
         ("number: 1.5\n", "--number: invalid int value: '1.5'"),
-        ("number: [1, 2]\n", "unrecognized arguments: 2"),
+        ("number: [1, 2]\n", "`number` takes one value, not a list of 2"),
         ("kind: c\n", "--kind: invalid choice: 'c'"),
         ("flag: 3\n", "config.yaml: `flag` is true or false, not 3"),
         ("- text\n", "expected a YAML mapping"),
@@ -113,7 +113,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path: Path, config: str
     [
         (["--config"], "--config: expected one argument"),
         (["--config", "nothing.yaml"], "nothing.yaml: no such file"),
-        (["--tex", "x"], "unrecognized arguments: --tex x"),
+        (["--tex", "x"], "unknown option --tex; did you mean `--text`?"),
         (["--number", "x"], "(see convexlm try --help)"),
         (["extra"], "unrecognized arguments: extra"),
     ],

@@ -494,3 +494,21 @@ def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_pat
     markdown = write_report(tmp_path / "run", format="md").read_text(encoding="utf-8")
     assert said in markdown and ("WARNING: Checkpoints" in markdown) == (on == "test")
     assert said in write_report(tmp_path / "run", format="latex").read_text(encoding="utf-8")
+
+
+def test_a_report_writes_over_earlier_reports_only(plain: Path, tmp_path: Path) -> None:
+    for format in ("html", "md", "latex", "json"):
+        path = tmp_path / "out"
+        path.unlink(missing_ok=True)
+        assert write_report(plain, path, format=format) == path
+        assert write_report(plain, path, format=format) == path
+        path.write_text("mine\n")
+        with pytest.raises(UserError, match="is no earlier report"):
+            write_report(plain, path, format=format)
+        assert path.read_text() == "mine\n"
+    before = (plain / "scores.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is no earlier report"):
+        write_report(plain, plain / "scores.jsonl")
+    assert (plain / "scores.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="in place of -"):
+        write_report(plain, "-")

@@ -20,14 +20,13 @@ from convexlm.scoring import (
     Scorer,
     check_language,
     get_metric,
-    read_hypotheses,
-    read_references,
     register_metric,
     sacrebleu_seed,
     score_corpus,
     score_from_statistics,
     sentence_statistics,
 )
+from convexlm.segments import read_hypotheses, read_references
 
 REFERENCE = ["The cat sat on the mat.", "It is raining again today.", "He bought a new car last week."]
 HYPOTHESIS = ["The cat sat on a mat.", "It rains again today.", "He has bought a new car last week."]

@@ -36,7 +36,7 @@ def read_corpora(folder: Path) -> list[Any]:
     """One corpus a final seed and test set, with every (arm, search) at its chosen checkpoint as a system."""
     import yaml
 
-    from convexlm.scoring import read_hypotheses
+    from convexlm.segments import read_hypotheses
     from convexlm.significance import Corpus
 
     corpora = []

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
 from convexlm.errors import Stopped, UserError
+from convexlm.options import did_you_mean
+from convexlm.output import json_text, make_forgiving
 from convexlm.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
 VERBS = {
     "demo": "train, decode and compare on the embedded corpus, in a few minutes on a CPU",
@@ -36,15 +40,20 @@ VERBS = {
 
 PLAIN_WIDTH = 140
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+EXIT_SIGNAL = 128  # and the signal's number: 130 for Ctrl-C, 143 for SIGTERM, as a shell counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code (0 done, 2 the user's input is wrong, 1 anything else)."""
+    """Run a verb; returns the exit code: 0 done, 2 the user's input is wrong, 130 or 143 a signal, 1 anything else."""
+    if sys.stdout is None or sys.stderr is None:
+        if sys.stderr is not None:
+            return _refuse("convexlm", "standard output is closed, so no result could be shown; send it to /dev/null")
+        return EXIT_USER_ERROR
+    make_forgiving()
     try:
         code = _main(argv)
-        sys.stdout.flush()
     except BrokenPipeError:  # a reader that goes away early (`| head`) is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere()
         return EXIT_DONE
     if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":
         from convexlm.launch.ending import leave
@@ -63,7 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return EXIT_DONE
     verb = words[0]
     if verb not in VERBS:
-        return _refuse("convexlm", f"unknown verb `{verb}`; known: {', '.join(VERBS)}")
+        return _refuse("convexlm", f"unknown verb `{verb}`{did_you_mean(verb, VERBS)}")
     # Tokenizing before forking workers makes the tokenizers library warn at every start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:
@@ -76,7 +85,7 @@ def _main(argv: Sequence[str] | None) -> int:
         module = importlib.import_module(f"convexlm.verbs.{verb}")
     try:
         args = module.make_parser(prog).parse(words[1:])
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _sigterm_stops():
             result = module.run(args)
     except UserError as error:
         return _refuse(prog, str(error))
@@ -85,18 +94,66 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"{prog}: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
-        return EXIT_FAILED
+        return _stopped(prog, signal.SIGINT)
+    except _Terminated:
+        return _stopped(prog, signal.SIGTERM)
     if os.environ.get("RANK", "0") != "0":
         return EXIT_DONE  # under a launcher, one process speaks for all
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
-    else:
-        from rich.console import Console
+    try:
+        if args.json:
+            print(json_text(result))
+        else:
+            from rich.console import Console
 
-        # Where there is no terminal to ask, 80 columns would break every table.
-        module.show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH))
+            # Where there is no terminal to ask, 80 columns would break every table.
+            module.show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _to_nowhere()
+        print(f"{prog}: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as `KeyboardInterrupt` is SIGINT."""
+
+
+@contextlib.contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does, what is done kept; training notes it itself and saves first."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker, ended by the pool that it belongs to
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stopped(prog: str, number: signal.Signals) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: stopped; the same command goes on from here", file=sys.stderr)
+    return EXIT_SIGNAL + number
+
+
+def _to_nowhere() -> None:
+    """Keep the interpreter's last flush from failing again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(prog: str, message: str) -> int:

@@ -63,16 +63,22 @@ def export_comet(
     }
     files = {key: str(path.with_suffix(f".{end}")) for key, end in STREAMS.items()}
     _refuse_to_write_over(path, [path, *map(Path, files.values())], [Path(one) for one in inputs])
-    for key, texts in streams.items():
-        write_atomic(files[key], "".join(f"{text}\n" for text in texts))
-    write_jsonl(path, [dict(zip(streams, row, strict=True)) for row in zip(*streams.values(), strict=True)])
+    try:
+        for key, texts in streams.items():
+            write_atomic(files[key], "".join(f"{text}\n" for text in texts))
+        write_jsonl(path, [dict(zip(streams, row, strict=True)) for row in zip(*streams.values(), strict=True)])
+    except OSError as error:
+        raise UserError(f"--export_comet {path}: cannot be written ({error.strerror or error})") from None
     scored = path.with_suffix(".comet.json")
     command = f"comet-score -s {files['src']} -t {files['mt']} -r {files['ref']} --to_json {scored}"
     return {"jsonl": str(path), **files, "command": command}
 
 
 def _refuse_to_write_over(path: Path, targets: Sequence[Path], inputs: Sequence[Path]) -> None:
-    there = [target for target in targets if target.exists()]
+    try:
+        there = [target for target in targets if target.exists()]
+    except OSError as error:
+        raise UserError(f"--export_comet {path}: cannot be written ({error.strerror or error})") from None
     for target in there:
         if any(one.exists() and target.samefile(one) for one in inputs):
             raise UserError(f"--export_comet {path}: would write over {target}, which is read here; give another name")

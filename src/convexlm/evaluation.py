@@ -15,7 +15,8 @@ from convexlm.comet import imported_rows
 from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
 from convexlm.randomization import randomization_p
 from convexlm.reference_nll import reference_nll
-from convexlm.scoring import Scorer, read_hypotheses
+from convexlm.scoring import Scorer
+from convexlm.segments import read_hypotheses
 from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
 from convexlm.sweep import candidate_checkpoints, chosen_checkpoints, read_instruction
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convexlm.scoring import Scorer, read_hypotheses
+from convexlm.scoring import Scorer
+from convexlm.segments import read_hypotheses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -40,18 +40,29 @@ class VerbParser(argparse.ArgumentParser):
         finder = _ConfigFinder(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         config = finder.parse_known_args(argv)[0].config
+        self._refuse_unknown(argv)
         if not config:
             return self.parse_args(list(argv))
         # Positionals come first: an option of the file that takes several values would take them, too.
         first = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
         return self.parse_args([*argv[:first], *self._as_options(config), *argv[first:]])
 
+    def _refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Name the option that was probably meant; argparse would only say which words are left over, or missing."""
+        for word in argv[: argv.index("--")] if "--" in argv else argv:
+            option = word.split("=", 1)[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                hint = did_you_mean(option, self._option_string_actions).split("; known")[0]
+                raise UserError(f"unknown option {option}{hint} (see {self.prog} --help)")
+
     def _as_options(self, path: str) -> list[str]:
         """The entries of a YAML file as command-line words, so that they are checked like typed ones."""
         actions = {word.lstrip("-"): action for action in self._actions for word in action.option_strings}
         positionals = {action.dest for action in self._actions if not action.option_strings}
         words: list[str] = []
-        for key, value in load_yaml(path).items():
+        entries = load_yaml(path)
+        written = _as_written(path)
+        for key, value in entries.items():
             if key in positionals:
                 raise UserError(f"{path}: `{key}` is given on the command line, not in the config file")
             action = actions.get(str(key))
@@ -60,28 +71,59 @@ class VerbParser(argparse.ArgumentParser):
                 raise UserError(f"{path}: unknown option `{key}`{did_you_mean(key, known)}")
             if action.nargs == 0 and value is not None and not isinstance(value, bool):
                 raise UserError(f"{path}: `{key}` is true or false, not {value!r}")
-            words += _words(f"--{key}", action, value)
+            words += _words(path, str(key), action, value, written.get(str(key)))
         return words
 
 
-def _words(option: str, action: argparse.Action, value: Any) -> list[str]:
-    """One entry of a config file as typed on a command line."""
+def _words(path: str, key: str, action: argparse.Action, value: Any, written: Any) -> list[str]:
+    """One entry of a config file as typed on a command line; `written` is its text there, or the texts of its list."""
+    option = f"--{key}"
     if value is None:
         return []
     if action.nargs == 0:
         return [option] if value else []
+    several = isinstance(action, argparse._AppendAction)
     # Joined by `=`, a value may begin with a dash.
     if not isinstance(value, list):
-        return [f"{option}={_word(value)}"]
-    if isinstance(action, argparse._AppendAction):
-        return [f"{option}={_word(entry)}" for entry in value]
-    return [option, *map(_word, value)]
+        if isinstance(value, dict) and (several or action.nargs is not None):
+            raise UserError(f"{path}: `{key}` is a value or a list of them, not a mapping")
+        return [f"{option}={_word(value, action, written)}"]
+    if action.nargs is None and not several and len(value) != 1:
+        raise UserError(f"{path}: `{key}` takes one value, not a list of {len(value)}")
+    for entry in value:
+        if entry is None or isinstance(entry, (dict, list)):
+            raise UserError(f"{path}: `{key}` is a list of plain values, and {json.dumps(entry)} is none")
+    texts = written if isinstance(written, list) and len(written) == len(value) else [None] * len(value)
+    words = [_word(entry, action, text) for entry, text in zip(value, texts, strict=True)]
+    return [f"{option}={word}" for word in words] if several else [option, *words]
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, action: argparse.Action, written: Any) -> str:
+    """A value as one would type it: as it is written in the file, so that no `010` becomes 8 and no `no` false."""
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
     if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        takes_text = action.type in (None, str) and isinstance(written, str)
+        return written if takes_text else str(value).lower()
+    if isinstance(written, str) and value == value and value not in (float("inf"), float("-inf")):
+        return written
+    return str(value)
+
+
+def _as_written(path: str) -> dict[str, Any]:
+    """The plain values of a YAML mapping that is read without error, and those of its lists, as they stand there."""
+    import yaml
+
+    from convexlm.files import read_text
+
+    root: Any = yaml.compose(read_text(path), _loader())
+    found: dict[str, Any] = {}
+    for key, node in getattr(root, "value", None) or []:
+        if isinstance(node, yaml.ScalarNode):
+            found[key.value] = node.value
+        elif isinstance(node, yaml.SequenceNode):
+            found[key.value] = [one.value if isinstance(one, yaml.ScalarNode) else None for one in node.value]
+    return found
 
 
 class _ConfigFinder(argparse.ArgumentParser):

@@ -11,12 +11,12 @@ import contextlib
 import os
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import read_jsonl, read_lines, text_sha256
+from convexlm.files import text_sha256
 from convexlm.packages import package_version
+from convexlm.segments import check_lengths
 from convexlm.version import __version__
 
 if TYPE_CHECKING:
@@ -289,59 +289,6 @@ def _remember(metric: Any) -> None:
 def score_from_statistics(metric: Any, totals: np.ndarray) -> float:
     """The corpus score that belongs to summed statistics (statistics,)."""
     return float(metric._compute_score_from_stats(totals.tolist()).score)
-
-
-def read_hypotheses(path: str | Path) -> list[str]:
-    r"""The hypotheses of a file: plain text, one a line, or a `.jsonl` file as `convexlm decode` writes it.
-
-    In JSON Lines the order is the file's, and a `\n` inside a hypothesis becomes a space, as it would in plain text.
-
-    Raises:
-        UserError: no such file, empty, not UTF-8, a broken line, a record without hypothesis, an id given twice.
-    """
-    return _read_segments(path, "hypothesis")
-
-
-def read_references(path: str | Path) -> list[str]:
-    """The references of a file: plain text, or JSON Lines with the key `reference`; otherwise as `read_hypotheses`."""
-    return _read_segments(path, "reference")
-
-
-def _read_segments(path: str | Path, key: str) -> list[str]:
-    name = Path(path).name
-    if name.endswith(".jsonl.part"):
-        raise UserError(f"{path}: decoding is not finished; run it again to go on")
-    if not name.endswith((".jsonl", ".jsonl.gz")):
-        return read_lines(path)
-    segments, seen = [], set()
-    for number, record in enumerate(read_jsonl(path), start=1):
-        if not isinstance(record.get(key), str):
-            raise UserError(f"{path}, record {number}: no text under `{key}`")
-        if "id" in record:
-            identity = str(record["id"])
-            if identity in seen:
-                raise UserError(f"{path}, record {number}: the id `{identity}` is given twice")
-            seen.add(identity)
-        segments.append(record[key].replace("\n", " "))
-    if not segments:
-        raise UserError(f"{path}: the file is empty")
-    return segments
-
-
-def check_lengths(streams: dict[str, Sequence[str]]) -> None:
-    """See that streams, by name, are of one length, and not empty.
-
-    Raises:
-        UserError: they are not; the message names two that differ, with their counts.
-    """
-    if not streams:
-        raise UserError("there are no references to score against")
-    (first, expected), *others = ((name, len(stream)) for name, stream in streams.items())
-    for name, count in others:
-        if count != expected:
-            raise UserError(f"{first} has {expected} lines but {name} has {count}; they must go line by line")
-    if expected == 0:
-        raise UserError(f"{first}: there is no sentence in it")
 
 
 def check_language(code: str) -> None:

@@ -61,10 +61,26 @@ def write_report(run_dir: str | Path, output_file: str | Path | None = None, *, 
     suffix, write = FORMATS[format]
     run = read_run(Path(run_dir))
     path = Path(output_file) if output_file is not None else run.path / f"report.{suffix}"
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file to write")
     try:
+        _refuse_to_write_over(path, run.path)
         write_atomic(path, write(run))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
+
+
+# How pages and tables begin: what is there and begins otherwise is no earlier report.
+_BEGINNINGS = (b"<!doctype html>", b'{\n "schema"', b"% needs ", b"## ")
+
+
+def _refuse_to_write_over(path: Path, run_path: Path) -> None:
+    """An earlier report may be written anew; what else is there, may not."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file to write")
+    if path.name == "-":
+        raise UserError("a report is written to a file: give its name in place of -")
+    if not path.exists() or (path.name.startswith("report.") and path.parent.resolve() == run_path.resolve()):
+        return
+    inside = path.resolve().is_relative_to(run_path.resolve())
+    if inside or not path.read_bytes().startswith(_BEGINNINGS):
+        raise UserError(f"{path}: is there, and is no earlier report; give another name or remove it")

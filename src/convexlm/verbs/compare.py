@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+WIDTH_OF_FIGURES = 62  # of a table's columns beside the system's name
+
 
 def make_parser(prog: str) -> VerbParser:
     """The options of `convexlm compare`."""
@@ -50,14 +52,18 @@ def make_parser(prog: str) -> VerbParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, check and compare the files that `args` names."""
     from convexlm.files import text_sha256
-    from convexlm.scoring import check_lengths, count_empty, package_versions, read_hypotheses, read_references
+    from convexlm.scoring import count_empty, package_versions
+    from convexlm.segments import check_aligned, read_segments
     from convexlm.significance import DEFAULT_SAMPLES, paired_test
 
     files = parse_systems(args.systems)
-    references = [read_references(path) for path in args.references]
-    systems = {name: read_hypotheses(path) for name, path in files.items()}
-    streams = dict(zip(args.references, references, strict=True))
-    check_lengths(streams | {f"{path} ({name})": systems[name] for name, path in files.items()})
+    streams = [read_segments(path, "reference") for path in args.references]
+    read = {name: read_segments(path, "hypothesis") for name, path in files.items()}
+    names = [*args.references, *(f"{path} ({name})" for name, path in files.items())]
+    check_aligned([*streams, *read.values()], names)
+    if len(streams[0].texts) < 2:
+        raise UserError("a paired test resamples sentences, and there is only one; `convexlm score` scores it")
+    references, systems = [stream.texts for stream in streams], {name: one.texts for name, one in read.items()}
     tests = paired_test(
         systems,
         references,
@@ -125,13 +131,18 @@ def show(result: dict[str, Any], console: Console) -> None:
         best = _best(rows)
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("")
-        table.add_column("system", overflow="fold")
+        longest = max(len(row["system"]) for row in rows)
+        narrow = console.width < longest + WIDTH_OF_FIGURES
+        table.add_column("system", overflow="fold", min_width=min(longest, 12))
         # With several systems to tell from the baseline, the p to look at is the corrected one.
         p_title = "p (Holm)" if several else "p"
-        for column in (kind.title, "95 % interval", "delta", "95 % interval", p_title):
+        own = [kind.title] if narrow else [kind.title, "95 % interval"]
+        for column in (*own, "delta", "95 % interval", p_title):
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            cells = [f"{row['score']:.2f}", f"[{row['low']:.2f}, {row['high']:.2f}]"]
+            cells = [f"{row['score']:.2f}"]
+            if not narrow:  # a narrow terminal does without the score's own interval, not without the name
+                cells.append(f"[{row['low']:.2f}, {row['high']:.2f}]")
             if row["delta"] is None:
                 cells += ["baseline", "", ""]
             else:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.options import VerbParser
 
+DEFAULT_SAMPLES = 1000
+
 if TYPE_CHECKING:
     import argparse
 
@@ -29,7 +31,7 @@ def make_parser(prog: str) -> VerbParser:
         "--tokenize", metavar="NAME", help="another sacreBLEU tokenizer for BLEU than the language's own"
     )
     parser.add_argument("--confidence", action="store_true", help="add bootstrap 95 %% intervals")
-    parser.add_argument("--n_samples", type=int, default=1000, help="resamples for --confidence (default: 1000)")
+    parser.add_argument("--n_samples", type=int, help=f"resamples for --confidence (default: {DEFAULT_SAMPLES})")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of the resampling (default: {DEFAULT_SEED})")
     parser.add_argument(
         "--export_comet", metavar="FILE.jsonl", help="write source, hypothesis and reference as comet-score reads them"
@@ -43,16 +45,20 @@ def make_parser(prog: str) -> VerbParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, check and score the files that `args` names."""
     from convexlm.errors import UserError
-    from convexlm.scoring import Scorer, check_lengths, read_hypotheses, read_references
+    from convexlm.scoring import Scorer
+    from convexlm.segments import check_aligned, read_segments
 
-    if args.confidence and args.n_samples < 2:
-        raise UserError(f"--n_samples must be at least 2, it is {args.n_samples}")
-    hypotheses = read_hypotheses(args.hypotheses)
-    references = [read_references(path) for path in args.references]
-    streams = dict(zip(args.references, references, strict=True))
-    check_lengths({f"{args.hypotheses} (hypotheses)": hypotheses, **streams})
+    if args.n_samples is not None and not args.confidence:
+        raise UserError("--n_samples is of the interval that --confidence asks for; add it, or leave --n_samples out")
+    n_samples = DEFAULT_SAMPLES if args.n_samples is None else args.n_samples
+    if n_samples < 2:
+        raise UserError(f"--n_samples must be at least 2, it is {n_samples}")
+    read = read_segments(args.hypotheses, "hypothesis")
+    streams = [read_segments(path, "reference") for path in args.references]
+    check_aligned([read, *streams], [f"{args.hypotheses} (hypotheses)", *args.references])
+    hypotheses, references = read.texts, [stream.texts for stream in streams]
     scorer = Scorer(references, args.target_lang, args.metrics, tokenize=args.tokenize)
-    scores = scorer.score(hypotheses, confidence=args.n_samples if args.confidence else 0, seed=args.seed)
+    scores = scorer.score(hypotheses, confidence=n_samples if args.confidence else 0, seed=args.seed)
     exported = {}
     if args.export_comet:
         from convexlm.comet import export_comet
@@ -79,7 +85,7 @@ def _read_sources(args: argparse.Namespace) -> list[str]:
 
     if args.sources:
         return read_lines(args.sources)
-    if not args.hypotheses.endswith((".jsonl", ".jsonl.gz")):
+    if not args.hypotheses.lower().endswith((".jsonl", ".jsonl.gz")):
         raise UserError("--export_comet needs --sources FILE where the hypotheses are plain text")
     sources = [row.get("source") for row in read_jsonl(args.hypotheses)]
     if not all(isinstance(source, str) for source in sources):
