@@ -106,3 +106,12 @@ def test_a_new_model_has_the_dtype_asked_for(tmp_path: Path, asked: str | None, 
     data = training.DataOptions("x.json", config_name=str(tmp_path / "config"))
     model, _ = model_to_train(ModelConfig(dtype=asked), data, args, tiny_tokenizer())
     assert not isinstance(model, str) and {parameter.dtype for parameter in model.parameters()} == {made}
+
+
+def test_an_adapter_away_from_its_base_says_how_to_mend_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "models/tiny"}')
+    with pytest.raises(UserError, match="a relative path counts from the current folder.*or change base_model_name"):
+        base_of_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/nowhere/tiny"}')
+    with pytest.raises(UserError, match="; change base_model_name_or_path in its adapter_config.json"):
+        base_of_adapter(tmp_path)

@@ -159,6 +159,8 @@ def test_bad_input_is_one_line(tmp_path: Path, sources: Path, capsys: pytest.Cap
         (words(model, sources, out, *pair, "--dtype", "int8"), "unknown dtype `int8`"),
         (words(model, sources, out, *pair, "--instruction_file", str(empty)), "the file is empty"),
         (words(model, sources, out, *pair, "--instruction", "a", "--instruction_file", "b"), "not allowed with"),
+        (words(model, sources, out, *pair, "--instruction", " "), "--instruction is empty"),
+        (words(model, sources, out, *pair, "--instruction", "\udcdcber"), "--instruction is no UTF-8 text"),
         (words(model, sources, out, *pair, "--temperature", "1"), "temperature is for sampling"),
         (words(model, sources, out, *pair, "--documents", "a.csv"), "not allowed with argument --sources"),
         (words(model, sources, tmp_path / "empty" / "out.jsonl", *pair), "empty/out.jsonl"),

@@ -101,7 +101,12 @@ def base_of_adapter(folder: Path) -> Path:
     try:
         return find_checkpoint(name, revision=revision or None)
     except UserError as error:
-        raise UserError(f"{folder}: the base model of this adapter cannot be used: {error}") from None
+        hint = ""
+        if not Path(name).exists():
+            hint = "; change base_model_name_or_path in its adapter_config.json"
+            if not Path(name).is_absolute():
+                hint = "; a relative path counts from the current folder: go where it was trained, or" + hint[1:]
+        raise UserError(f"{folder}: the base model of this adapter cannot be used: {error}{hint}") from None
 
 
 def checkpoint_sha256(folder: Path) -> str:

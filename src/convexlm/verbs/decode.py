@@ -238,11 +238,22 @@ def _instruction(args: argparse.Namespace) -> str | None:
     instruction = args.instruction
     if args.instruction_file is not None:
         instruction = read_instruction_file(args.instruction_file, "--instruction_file")
+    if instruction is not None and args.instruction_file is None:
+        _check_text(instruction)
     if args.documents is not None and instruction is None:
         raise UserError("say what is to be done with the documents: --instruction TEXT or --instruction_file FILE")
     if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
         raise UserError("the instruction names [SRC] or [TGT]: give the languages with --pair, such as --pair en-de")
     return instruction
+
+
+def _check_text(instruction: str) -> None:
+    if not instruction.strip():
+        raise UserError("--instruction is empty; leave it out, or say what is to be done")
+    try:
+        instruction.encode()
+    except UnicodeEncodeError:
+        raise UserError("--instruction is no UTF-8 text; set a UTF-8 locale, or use --instruction_file") from None
 
 
 def _prompt_settings(checkpoint: Path, template: str | None) -> tuple[PromptSettings, str]:
