@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from convexlm.checkpoints import COMPLETE_FILE, best_checkpoint
+from convexlm.continuing import refuse_what_cannot_change
+from convexlm.errors import UserError
 from convexlm.metrics_file import read_metrics
 from training_helpers import Run, tiny_config, tiny_tokenizer, train, write_records
 
@@ -239,6 +241,26 @@ def test_weight_decay_and_betas_take_effect_group_by_group(trained, tmp_path, ca
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
     assert tuple(decayed["betas"]) == tuple(plain["betas"]) == (0.9, 0.5)
     assert decayed["eps"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 0.5}, "--learning_rate was 0.001, not 0.5; under DeepSpeed optimizer and schedule go on"),
+        ({"weight_decay": 0.5}, "--weight_decay was 0.0, not 0.5; under DeepSpeed"),
+        ({}, None),
+    ],
+)
+def test_under_deepspeed_a_change_is_refused(trained, change, said):
+    checkpoint = trained("full") / "checkpoint-2"
+    marker = json.loads((checkpoint / COMPLETE_FILE).read_text())
+    marker["optimizer"].update(change)
+    if said is None:
+        refuse_what_cannot_change(checkpoint, marker, deepspeed=True)
+        return
+    with pytest.raises(UserError) as raised:
+        refuse_what_cannot_change(checkpoint, marker, deepspeed=True)
+    assert said in str(raised.value)
 
 
 def test_where_no_step_is_left_nothing_is_refused_for_them(trained, tmp_path, capfd):

@@ -262,5 +262,5 @@ def _advice(report: dict[str, Any], deepspeed: bool) -> str:
     if not report["weights_finite"]:
         return "The weights are not finite: go back to an earlier checkpoint with a lower learning rate"
     if deepspeed:  # which cannot skip a step
-        return "Look at these records, or lower the learning rate"
-    return "Look at these records, lower the learning rate, or skip such steps with --skip_nonfinite_steps"
+        return "Look at these records, or begin anew with a lower learning rate, which --resume cannot set there"
+    return "Look at these records, go on with a lower learning rate, or skip such steps with --skip_nonfinite_steps"
