@@ -195,7 +195,7 @@ def test_two_ctrl_c_leave_what_was_there(files, tmp_path, monkeypatch, capfd):
     run, options = tmp_path / "run", given(files)
     with monkeypatch.context() as patch:
         signal_at(patch, 6, signal.SIGINT, times=2)
-        assert train(run, **options) == 1
+        assert train(run, **options) == 130
     assert "Traceback" not in capfd.readouterr().err
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-4"]
 
