@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -96,3 +97,40 @@ def test_two_processes_hear_of_it_together(files, tmp_path, monkeypatch):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "# My project\n"),
+        ("README.md", "---\nlicense: mit\n---\n# A data set that says generated_from_trainer\n"),
+        ("metrics.jsonl", '{"step": 1, "mine": 1}\n'),
+        ("metrics.jsonl", '{"step": "a", "loss": 1.0, "nll": 1.0}\n'),
+        ("config.json", "{}"),
+        ("model-00001-of-00002.safetensors", ""),
+    ],
+)
+def test_what_no_training_wrote_is_not_written_over(files, tmp_path, capfd, name, text):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).write_text(text, encoding="utf-8")
+    assert train(run, **given(files)) == 2
+    assert f"--output_dir {run}: {name} is there and would be written over" in capfd.readouterr().err
+    assert {path.name: path.read_text() for path in run.iterdir()} == {name: text}
+
+
+def test_what_a_training_left_before_its_first_checkpoint_is_no_obstacle(files, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, **given(files)) == 0
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # torn by a kill
+    assert (run / "README.md").exists()
+    assert train(run, **given(files)) == 0
+
+
+def test_a_folder_below_a_file_is_told_before_the_data_are_read(files, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "x" / "y", **given(files, dataset="nowhere.jsonl")) == 2
+    assert f"is a file, not a folder ({tmp_path / 'file'})" in capfd.readouterr().err

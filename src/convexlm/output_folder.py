@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from convexlm.config import ConvexConfig
 
 LOCK_FILE = ".training.lock"
+METRICS = "metrics.jsonl"
 # Forked workers of a data loader keep their parent's lock until they see that it was killed, some seconds later.
 SECONDS_TO_WAIT = 8.0
 
@@ -26,12 +29,48 @@ def refuse_checkpoints(output_dir: Path, resume: bool) -> None:
     """Refuse an output folder that cannot be trained into.
 
     Raises:
-        UserError: it is a file, or holds checkpoints and `resume` is off.
+        UserError: it or a folder above it is a file, or without `resume` it holds checkpoints, a model's weights, or a
+            README.md or metrics.jsonl that no training wrote and a new one would write over.
     """
-    if output_dir.is_file():
-        raise UserError(f"--output_dir {output_dir}: is a file, not a folder")
-    if all_checkpoints(output_dir) and not resume:
+    for folder in (output_dir, *output_dir.parents):
+        if folder.is_file():
+            above = "" if folder == output_dir else f" ({folder})"
+            raise UserError(f"--output_dir {output_dir}: is a file, not a folder{above}")
+    if resume:
+        return
+    if all_checkpoints(output_dir):
         raise UserError(f"{output_dir} holds checkpoints already; give --resume to go on, or another --output_dir")
+    if foreign := _foreign(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: {foreign} is there and would be written over; choose another folder"
+        )
+
+
+def _foreign(output_dir: Path) -> str | None:
+    """What is in a folder that a training would replace, and did not write: its name."""
+    weights = next((file.name for file in output_dir.glob("*.safetensors")), None)
+    if weights or (output_dir / "config.json").exists():
+        return weights or "config.json"
+    card, metrics = output_dir / "README.md", output_dir / METRICS
+    with contextlib.suppress(OSError):
+        # TRL's card and ours say so in the metadata at their head.
+        if card.exists() and not re.match(
+            rb"---\n.*?(convexlm|generated_from_trainer).*?\n---", card.read_bytes(), re.S
+        ):
+            return card.name
+        if metrics.exists() and not _is_log(metrics):
+            return metrics.name
+    return None
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file holds what a training logs (`metrics_file.py`): numbers by step; an empty one may."""
+    try:
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may have torn the last line
+        rows = [json.loads(line) for line in whole[:20] if line.strip()]
+    except ValueError:
+        return False
+    return all(isinstance(row, dict) and type(row.get("step")) is int and len(row) > 2 for row in rows)
 
 
 @contextlib.contextmanager
