@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,15 @@ def files(tmp_path_factory):
 def given(files, **settings):
     return {"config_name": files / "model", "tokenizer_name": files / "model", "dataset": files / "data.jsonl",
             "max_steps": 2, "save_steps": 2, **settings}  # fmt: skip
+
+
+def holding(folder, seconds):
+    """A process that holds a folder's lock for so long, after it has written a line."""
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    return subprocess.Popen([sys.executable, "-c", script, folder / LOCK_FILE, str(seconds)], stdout=subprocess.PIPE)
 
 
 def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd, monkeypatch):
@@ -57,9 +68,7 @@ def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd,
 
 def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path):
     args = ConvexConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    holder = subprocess.Popen(
-        ["flock", "-n", tmp_path / LOCK_FILE, "-c", "echo held; exec sleep 1"], stdout=subprocess.PIPE
-    )
+    holder = holding(tmp_path, 1)
     try:
         assert holder.stdout.readline() == b"held\n"
         begun = time.monotonic()
@@ -68,6 +77,30 @@ def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path):
     finally:
         holder.wait()
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_outlives_a_kill_holds_nothing(tmp_path):
+    args = ConvexConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    script = (
+        "import os, sys, time; from convexlm.config import ConvexConfig; from convexlm.output_folder import held\n"
+        "from pathlib import Path\n"
+        "with held(ConvexConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False), Path(sys.argv[1])):\n"
+        "    worker = os.fork()\n"
+        "    if worker:\n        print(worker, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    worker = int(holder.stdout.readline())
+    try:
+        holder.kill()
+        holder.wait()
+        begun = time.monotonic()
+        with held(args, tmp_path):
+            assert time.monotonic() - begun < 1
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_what_is_refused_leaves_no_folder(files, tmp_path):
@@ -82,9 +115,7 @@ def test_what_is_refused_leaves_no_folder(files, tmp_path):
 def test_two_processes_hear_of_it_together(files, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
-    holder = subprocess.Popen(
-        ["flock", "-n", run / LOCK_FILE, "-c", "echo held; exec sleep 300"], stdout=subprocess.PIPE
-    )
+    holder = holding(run, 300)
     try:
         assert holder.stdout.readline() == b"held\n"
         options = words(output_dir=run, num_processes=2, **given(files))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -275,12 +276,20 @@ def test_data_that_changed_under_a_finished_run_is_refused(copied: Path, capfd: 
 
 
 def test_a_second_run_at_the_same_time_is_refused(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
-    with (copied / "run" / ".lock").open() as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); time.sleep(300)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, copied / "run" / ".lock"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
         with _chdir(copied):
             assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
+    finally:
+        other.kill()
+        other.wait()
     err = capfd.readouterr().err
     assert err == "convexlm run: error: run: another `convexlm run` is at work here\n"
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 LOCK_FILE = ".training.lock"
 METRICS = "metrics.jsonl"
-# Forked workers of a data loader keep their parent's lock until they see that it was killed, some seconds later.
-SECONDS_TO_WAIT = 8.0
+SECONDS_TO_WAIT = 2.0  # for one that is just ending
 
 
 def refuse_checkpoints(output_dir: Path, resume: bool) -> None:
@@ -110,7 +109,8 @@ def _lock(output_dir: Path) -> int:
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror or error})") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of this process alone: the forked workers of a data loader do not keep it when their parent was killed.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             if time.monotonic() > end:

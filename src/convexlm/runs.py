@@ -165,7 +165,8 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be used as a run folder ({error.strerror or error})") from None
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Of this process alone: a forked worker that outlives a kill by some seconds does not keep it.
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another `convexlm run` is at work here") from None
             yield
