@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from random import Random
 
 import numpy as np
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
 
 import figure  # noqa: E402
+import figure_kinds  # noqa: E402
 import filter_data  # noqa: E402
 import intervals  # noqa: E402
 import judge_ambiguity  # noqa: E402
@@ -265,3 +267,24 @@ def test_arms_that_wait_for_another_are_not_trained_beside_it(tmp_path: Path) ->
             [(ROOT / "recipes" / "demo.yaml", tmp_path / "run")], [], 2, tmp_path / "log.txt"
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_figure_of_kinds_shows_each_in_the_order_of_its_ranks() -> None:
+    def row(kind: str, arm: str, search: str, delta: float) -> dict[str, Any]:
+        ends = {"delta": delta, "delta_low": delta - 0.1, "delta_high": delta + 0.1}
+        names = {"system": f"{arm} {search}", "baseline": f"mle {search}"}
+        return {"experiment": f"multi30k-en-de-{kind}-50", "metric": "bleu", "part": "all", **names, **ends}
+
+    rows = [
+        row(kind, arm, search, delta)
+        for kind in ("truncated", "exchanged")
+        for arm, delta in (("convex-k1", 1.5), ("oracle-mle", 3.0))
+        for search in ("greedy", "beam5")
+    ]
+    rows += [row("exchanged", "filter-65-mle", "greedy", 2.0)]
+    rows[-1]["experiment"] = "multi30k-en-de-exchanged-50-filter"
+    ranks = {"multi30k-en-de-truncated-50": 0.33, "multi30k-en-de-exchanged-50": 0.73}
+    svg = figure_kinds.draw(rows, ranks, "en-de", 50)
+    assert svg.startswith("<svg xmlns=") and svg.index("other source") < svg.index("truncated")
+    assert "ranks right above wrong: 73 %" in svg and svg.count("+1.50") == 4 and svg.count("+2.00") == 1
+    assert "copied source" not in svg  # not measured
