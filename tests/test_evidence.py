@@ -6,8 +6,8 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
