@@ -74,6 +74,7 @@ def test_the_papers_settings(name: str) -> None:
         convex = recipe.arm("convex").train
         assert (convex["objective"], convex["k"], convex["length_weighting"]) == ("convex", 1.0, "sequence")
 
+
 @pytest.mark.parametrize("name", [name for name in NAMES if "convex" in name])
 def test_arms_differ_in_the_objective_alone(name: str) -> None:
     recipe = load_recipe(path_of(name))
