@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -345,15 +346,25 @@ def test_hostile_text_arrives_intact(echo: EchoBackend, tmp_path: Path, monkeypa
 
 
 KILLED = """
-import sys
+import os, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import decoding_helpers as helpers
-from pathlib import Path
 from convexlm.decoding import decode_jobs
 helpers.EchoBackend.delay = 0.004
-jobs = [helpers.make_job(Path({folder!r}) / f"{{beams}}.jsonl", [f"text {{n}}" for n in range(90)], num_beams=beams)
-        for beams in (1, 4)]
-decode_jobs(Path({model!r}), jobs, backend="echo", device="cpu", batch_size=2)
+for folder in map(str.strip, sys.stdin):
+    pid = os.fork()  # so that what takes seconds, the imports, is done once
+    if not pid:
+        code = 1
+        try:
+            texts = [f"text {{n}}" for n in range(90)]
+            jobs = [helpers.make_job(Path(folder) / f"{{k}}.jsonl", texts, num_beams=k) for k in (1, 4)]
+            decode_jobs(Path({model!r}), jobs, backend="echo", device="cpu", batch_size=2)
+            code = 0
+        finally:
+            os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -361,39 +372,57 @@ decode_jobs(Path({model!r}), jobs, backend="echo", device="cpu", batch_size=2)
 def test_kill_9_at_random_moments(tmp_path: Path):
     """25 kills anywhere in a small sweep, appends and the last steps included: the same bytes as one whole run."""
     model, tests = fake_checkpoint(tmp_path / "model"), str(Path(__file__).parent)
+    script = KILLED.format(tests=tests, model=str(model))
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin and parent.stdout
 
-    def start(folder: Path) -> subprocess.Popen:
-        script = KILLED.format(tests=tests, folder=str(folder), model=str(model))
-        return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    def decode(folder: Path, seconds: float | None = None) -> int:
+        """Run the sweep to its end, or kill it after so long; its exit status."""
+        parent.stdin.write(f"{folder}\n")
+        parent.stdin.flush()
+        pid = int(parent.stdout.readline())
+        if seconds is not None and not select.select([parent.stdout], [], [], seconds)[0]:
+            os.kill(pid, signal.SIGKILL)  # until its parent has waited for it, the number is nobody else's
+        return int(parent.stdout.readline())
 
-    began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    duration = time.monotonic() - began
-    chance = random.Random(7)
-    kills, rounds, halfway = 0, 0, 0
-    while kills < 25:
-        folder = tmp_path / f"killed{rounds}"
-        rounds += 1
-        for _ in range(25):
-            process = start(folder)
-            try:
-                process.wait(chance.uniform(0.1, 1.0) * duration)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+    try:
+        assert decode(tmp_path / "warm") == 0
+        began = time.monotonic()
+        assert decode(tmp_path / "whole") == 0
+        duration = time.monotonic() - began
+        chance = random.Random(7)
+        kills, rounds, halfway = 0, 0, 0
+        while kills < 25:
+            folder = tmp_path / f"killed{rounds}"
+            rounds += 1
+            for _ in range(25):
+                status = decode(folder, chance.uniform(0.05, 1.0) * duration)
+                if status == 0:
+                    break
+                assert status == -signal.SIGKILL
                 kills += 1
                 halfway += any(part.stat().st_size for part in folder.glob("*.part"))
-                continue
-            assert process.returncode == 0, process.stderr.read().decode()
-            break
-        else:
-            assert start(folder).wait() == 0
-        for name in ("1.jsonl", "4.jsonl"):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "1.jsonl",
-            "1.meta.json",
-            "4.jsonl",
-            "4.meta.json",
-        ]
-    assert halfway > 5
+            else:
+                assert decode(folder) == 0
+            for name in ("1.jsonl", "4.jsonl"):
+                assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+            assert sorted(path.name for path in folder.iterdir()) == [
+                "1.jsonl",
+                "1.meta.json",
+                "4.jsonl",
+                "4.meta.json",
+            ]
+        assert halfway > 5
+    finally:
+        parent.stdin.close()
+        parent.wait(60)
+
+
+def test_choosing_a_backend_loads_no_torch():
+    """A mistake in a job is told before what takes seconds to import."""
+    code = (
+        "import sys; from convexlm.decoding.backends.base import get_backend\n"
+        "for name in ('hf', 'ctranslate2', 'vllm'):\n    get_backend(name)\n"
+        "assert not {'torch', 'transformers', 'ctranslate2', 'vllm'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.patience import Patience
 from convexlm.errors import UserError
-from convexlm.progress import note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -238,6 +237,8 @@ class HuggingFaceBackend(Backend):
 @cache
 def _say_alone(kind: str) -> None:
     """Tell, once, why decoding with a model is slow."""
+    from convexlm.progress import note  # it loads transformers, which a mistake need not wait for
+
     note(f"  {kind}: other prompts in a batch change what is found for one, so prompts are decoded one at a time")
 
 
