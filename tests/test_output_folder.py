@@ -36,7 +36,13 @@ def holding(folder, seconds):
         "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
         "print('held', flush=True); time.sleep(float(sys.argv[2]))"
     )
-    return subprocess.Popen([sys.executable, "-c", script, folder / LOCK_FILE, str(seconds)], stdout=subprocess.PIPE)
+    return started(script, folder / LOCK_FILE, str(seconds))
+
+
+def started(script, *words):
+    """A Python process of a script, whose lines can be read."""
+    command = [sys.executable, "-c", script, *words]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd, monkeypatch):
@@ -48,9 +54,7 @@ def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd,
         "args = ConvexConfig(output_dir=sys.argv[1], use_cpu=True, bf16=False)\n"
         "with held(args, Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(300)\n"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, run], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    holder = started(script, run)
     try:
         assert holder.stdout.readline() == b"held\n"
         for plain in ((), ("--resume",)):
@@ -89,9 +93,7 @@ def test_a_worker_that_outlives_a_kill_holds_nothing(tmp_path):
         "    if worker:\n        print(worker, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    holder = started(script, tmp_path)
     worker = int(holder.stdout.readline())
     try:
         holder.kill()
