@@ -8,6 +8,8 @@ from datasets import Dataset, IterableDataset
 
 from convexlm.collator import check_weight
 
+_BATCH = 10_000
+
 
 def check_record_weights(dataset: Any, name: str) -> None:
     """See that a dataset's weights are numbers that weigh, and that some record has one above 0.
@@ -23,16 +25,19 @@ def check_record_weights(dataset: Any, name: str) -> None:
     """
     if not isinstance(dataset, Dataset) or "weight" not in dataset.column_names:
         return
-    weights = list(dataset["weight"])
-    if any(isinstance(weight, list) for weight in weights):
-        return
-    weights = [1.0 if weight is None else float(weight) for weight in weights]
-    for number, weight in enumerate(weights):
-        try:
-            check_weight(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}, record {number}: {error}") from None
-    if weights and not any(weights):
+    number, any_weighs = 0, False
+    # In pieces, so that memory does not grow with the dataset.
+    for batch in dataset.select_columns("weight").iter(_BATCH):
+        for weight in batch["weight"]:
+            if isinstance(weight, list):
+                return
+            value = 1.0 if weight is None else float(weight)
+            try:
+                check_weight(value)
+            except ValueError as error:
+                raise ValueError(f"{name}, record {number}: {error}") from None
+            number, any_weighs = number + 1, any_weighs or value > 0
+    if number and not any_weighs:
         raise ValueError(
             f"{name}: every record has the weight 0, so none of it counts; leave the dataset out, or its "
             "column `weight`"
