@@ -243,9 +243,25 @@ def test_weight_decay_and_betas_take_effect_group_by_group(trained, tmp_path, ca
     assert decayed["eps"] == 1e-6
 
 
+def test_another_clipping_of_the_gradient_is_told(trained, tmp_path, capfd):
+    run = half(trained("full"), tmp_path / "run")
+    capfd.readouterr()
+    assert train(run, "--resume", **given(max_grad_norm=0.01)) == 0
+    assert "  max_grad_norm 1.0 -> 0.01 from step 2\n" in capfd.readouterr().err
+    parts = [Run(one, 4).weights for one in (run, trained("full"))]
+    assert any(not torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
+
+
+def test_other_modules_to_optimize_are_refused(trained, tmp_path, capsys):
+    run = half(trained("full"), tmp_path / "run")
+    assert train(run, "--resume", **given(optim_target_modules=["q_proj"])) == 2
+    assert "--optim_target_modules was unset, not q_proj; another optimizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"max_grad_norm": 0.5}, None),
         ({"learning_rate": 0.5}, "--learning_rate was 0.001, not 0.5; under DeepSpeed optimizer and schedule go on"),
         ({"weight_decay": 0.5}, "--weight_decay was 0.0, not 0.5; under DeepSpeed"),
         ({}, None),

@@ -122,6 +122,20 @@ def test_what_can_be_trained_with_is(files, tmp_path, optim, schedule):
     assert run(files, tmp_path / "run", optim=optim, **schedule) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report_to": "wandbb"}, "--report_to wandbb: transformers does not know it; there are azure_ml"),
+        ({"use_peft": True, "lora_r": 0}, "--lora_r must be at least 1, not 0"),
+        ({"use_peft": True, "lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
+    ],
+    ids=str,
+)
+def test_what_no_data_are_needed_for_is_told_before_they_are_read(files, tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.setattr("convexlm.training_data.prepare_data", lambda *_, **__: pytest.fail("data were read"))
+    assert said in refused(files, tmp_path / "run", capsys, **options)
+
+
 def saved(model, folder):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -44,11 +44,12 @@ def refuse_what_cannot_change(checkpoint: Path, marker: Mapping[str, Any], *, de
     """
     changed = changed_optimizer(checkpoint, marker)
     kind = {marker["optimizer"]["lr_scheduler_type"], *changed.get("lr_scheduler_type", ())}
-    for key, (then, now) in changed.items():
+    for key, values in changed.items():
+        then, now = ("unset" if value is None else value for value in values)
         what = f"{checkpoint}: --{key} was {then}, not {now}"
-        if key in ("optim", "optim_args"):
+        if key in ("optim", "optim_args", "optim_target_modules"):
             raise UserError(f"{what}; another optimizer cannot take up its state: give the one it was trained with")
-        if deepspeed:
+        if deepspeed and key != "max_grad_norm":  # which it reads anew
             raise UserError(f"{what}; under DeepSpeed optimizer and schedule go on as they were: give what they had")
         if kind & set(_MEASURED) and key in ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"):
             raise UserError(
@@ -98,8 +99,8 @@ class ContinuingTrainer(ConvexTrainer):
         _check_shapes(optimizer, checkpoint)
         changes = changed_optimizer(Path(checkpoint), self.checkpoint_marker or {})
         said = [*_set_rates(optimizer, self.lr_scheduler, rates), *_set_settings(optimizer, given)]
-        schedule = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-        said += [f"{key} {changes[key][0]} -> {changes[key][1]}" for key in schedule if key in changes]
+        others = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
+        said += [f"{key} {changes[key][0]} -> {changes[key][1]}" for key in others if key in changes]
         if said and self.args.process_index == 0:
             step = Path(checkpoint).name.rsplit("-", 1)[-1]
             note(f"  {', '.join(said)} from step {step}")

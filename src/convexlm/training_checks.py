@@ -92,10 +92,11 @@ def _check_packages(args: ConvexConfig) -> None:
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
     for name in args.report_to or ():
-        callback = INTEGRATION_TO_CALLBACK.get(name)
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted({*INTEGRATION_TO_CALLBACK, "none"}))
+            raise UserError(f"--report_to {name}: transformers does not know it; there are {known}")
         try:
-            if callback is not None:
-                callback()
+            INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
             raise UserError(f"--report_to {name}: {first_line(error)}") from None
 

@@ -37,7 +37,7 @@ _OF_QUANTIZATION = ("load_in_8bit", "load_in_4bit")
 _OF_4_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 _OF_OPTIMIZER = (
     *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim_target_modules"),
 )
 _BY_CONTENT = ("dataset", "model", "tokenizer", "config")
 _WORDS = {

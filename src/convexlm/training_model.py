@@ -24,6 +24,7 @@ def check_model(options: ModelConfig, data: DataOptions) -> None:
     """
     name = options.model_name_or_path
     refuse_quantized_training(options)
+    _check_adapter(options)
     if data.config_name:
         if quantized := _quantized(options):
             raise UserError(f"--{quantized}: a new model (--config_name) has no weights to quantize; leave it out")
@@ -53,6 +54,15 @@ def refuse_quantized_training(options: ModelConfig) -> None:
     """
     if (quantized := _quantized(options)) and not options.use_peft:
         raise UserError(f"--{quantized}: quantized weights cannot be trained; give --use_peft true, or leave it out")
+
+
+def _check_adapter(options: ModelConfig) -> None:
+    if not options.use_peft:
+        return
+    if options.lora_r < 1:
+        raise UserError(f"--lora_r must be at least 1, not {options.lora_r}")
+    if not 0 <= options.lora_dropout < 1:
+        raise UserError(f"--lora_dropout must be at least 0 and below 1, not {options.lora_dropout}")
 
 
 def _quantized(options: ModelConfig) -> str | None:
