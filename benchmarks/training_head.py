@@ -13,6 +13,7 @@ SEQUENCE = 64
 CUDA_ONLY = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 NAMES = [
     "products",
+    "products-new-gradients",
     "convexlm-convex",
     "convexlm-mle",
     "convexlm-convex-recompute",
@@ -31,11 +32,14 @@ class HeadCandidate:
         if name in CUDA_ONLY and device != "cuda":
             raise RuntimeError(f"{name} needs CUDA")
         generator = torch.Generator(device).manual_seed(0)
-        make = lambda *shape, scale=1.0: (  # noqa: E731
-            (torch.randn(*shape, generator=generator, device=device) * scale)
-            .to(getattr(torch, dtype))
-            .requires_grad_()
-        )
+        wanted = getattr(torch, dtype)
+
+        def make(rows: int, width: int, scale: float = 1.0) -> torch.Tensor:
+            x = torch.empty(rows, width, dtype=wanted, device=device)
+            for part in x.split(8192):  # for in float32 all of it would be most of the memory
+                part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
+            return x.requires_grad_()
+
         self.hidden, self.weight = make(tokens, hidden_size), make(vocabulary, hidden_size, scale=hidden_size**-0.5)
         self.labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
         self.ids = (torch.arange(tokens) // SEQUENCE).to(device)
@@ -58,6 +62,15 @@ class HeadCandidate:
             torch.mm(hidden, weight.t(), out=logits)
             torch.mm(logits, weight, out=d_hidden)
             torch.mm(logits.t(), hidden, out=d_weight)
+
+    def _products_new_gradients(self) -> None:
+        """As `products`, but the gradients are new memory in every pass, as those of a training step are."""
+        with torch.no_grad():
+            hidden, weight = self.hidden, self.weight
+            if not self._buffers:
+                self._buffers = [torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)]
+            logits = torch.mm(hidden, weight.t(), out=self._buffers[0])
+            self.hidden.grad, self.weight.grad = torch.mm(logits, weight), torch.mm(logits.t(), hidden)
 
     def _fused(self, name: str, **settings: bool) -> None:
         from convexlm.head import fused_objective
