@@ -24,6 +24,7 @@ from convexlm.errors import Stopped
 from convexlm.files import write_atomic
 from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
 from convexlm.objectives import merge_statistics
+from convexlm.quantized import kept_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +100,16 @@ class DurableCheckpoints:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As in the Trainer; an adapter stays in the dtype that it is trained in."""
+        with kept_dtypes(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self: Any) -> None:
+        """As in the Trainer, likewise."""
+        with kept_dtypes(self.model):
+            super()._load_best_model()  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _other_args(self: Any, **changes: Any) -> Iterator[None]:

@@ -16,6 +16,7 @@ from convexlm.checkpoints import read_marker
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
+from convexlm.quantized import bits_trained_on
 from convexlm.redaction import clean
 from convexlm.runs import VERSIONED, versions
 
@@ -279,7 +280,12 @@ def _opening(
     step = checkpoint.name.rsplit("-", 1)[-1]
     of_last = " of the last training" if before else ""
     at = f", at step {int(step):,}{of_last}" if checkpoint.name.startswith("checkpoint-") and step.isdigit() else ""
-    return f"{what.get(kind, 'A causal language model')}{how} by convexlm{at}: {parameters:,} parameters in {dtype}."
+    opening = (
+        f"{what.get(kind, 'A causal language model')}{how} by convexlm{at}: {parameters:,} parameters in {dtype}."
+    )
+    bits = bits_trained_on(checkpoint)
+    own = " This is that base's own weights with the adapter added." if kind == "merged" else ""
+    return opening + (f" The adapter was trained on the base's weights in {bits} bits.{own}" if bits else "")
 
 
 def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
+from convexlm.quantized import keep_gradients
 from convexlm.record_separation import refuse_mixing
 from convexlm.record_weights import check_record_weights, columns_of
 from convexlm.refusals import refuse_prompt_learning, refuse_what_cannot_be_honoured
@@ -88,6 +89,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             )
         refuse_prompt_learning(self.model, flat=self.padding_free, left=args.padding_side == "left")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        keep_gradients(base)
         if kwargs.get("data_collator") is None:
             in_rows = self.padding_free and not args.padding_free and keeps_packed_rows(base.config)
             self.data_collator = ConvexCollator(

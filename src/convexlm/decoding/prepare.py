@@ -13,6 +13,7 @@ from convexlm.decoding.store import DecodeStore
 from convexlm.decoding.task import Task
 from convexlm.decoding.work import Engine
 from convexlm.errors import UserError
+from convexlm.quantized import bits_trained_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ def prepare(
     Raises:
         UserError: whatever can be told without a lock or a model.
     """
-    chosen, told = [], set()
+    chosen: list[tuple[Engine, dict[str, Any]]] = []
+    told: set[tuple[Any, Any]] = set()
     outputs: dict[Path, DecodeJob] = {}
     for entry in entries:
         check_checkpoint(entry.checkpoint)
@@ -76,6 +78,10 @@ def prepare(
         if reason and note is not None and (engine.backend, reason) not in told:
             note(f"backend {engine.backend}: {reason}")
         told.add((engine.backend, reason))
+        bits = facts.get("trained_on_bits")
+        if bits and note is not None and ("bits", bits) not in told:
+            note(f"adapters trained on {bits}-bit base weights are decoded on the base model's own, unquantized")
+        told.add(("bits", bits))
         _check_jobs(entry.jobs, get_backend(engine.backend)(), outputs)
         chosen.append((engine, facts))
     with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
@@ -121,6 +127,8 @@ def _choose(
 ) -> tuple[Engine, dict[str, Any]]:
     checkpoint, backend = entry.checkpoint, options.backend
     facts: dict[str, Any] = {"checkpoint": str(checkpoint), "device": device}
+    if bits := bits_trained_on(checkpoint):
+        facts["trained_on_bits"] = bits
     if backend == "auto":
         searches = [job.search for job in entry.jobs]
         backend, reason = choose_backend(checkpoint, searches, device, options.dtype, options.compute_type)
