@@ -236,6 +236,8 @@ def test_bad_messages(tmp_path):
         ([user, {"role": "assistant", "content": None}], "message 2 must have its `content` as text, found null"),
         ([{"content": "a"}, answer], "message 1 must be an object with a `role`"),
         ("text", "must be a list of messages"),
+        ([user, {**answer, "reasoning_content": "hm"}], "the answer's `reasoning_content` would be left out"),
+        ([user, {**answer, "tool_calls": [{"type": "function"}]}], "the answer's `tool_calls` would be left out"),
     ]:
         with pytest.raises(UserError, match=message):
             load_records(write(tmp_path / "m.jsonl", {"messages": messages}), template="chat")

@@ -257,7 +257,7 @@ def test_chat_equals_the_library():
     row = tokenize_records([Record("x", "Yes.", id="r", messages=messages)], plain, settings, None).rows[0]
     assert row["input_ids"][: len(expected)] == expected
     assert row["labels"].count(-100) == len(expected)
-    assert row["input_ids"][-1] == plain.eos_token_id
+    assert row["input_ids"][-1] == plain.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_chat_text_cannot_end_its_turn():

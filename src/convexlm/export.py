@@ -84,6 +84,7 @@ def export_checkpoint(
             count, written = _copy_adapter(source, staging, dtype, base_model)
         else:
             model = _load(source, kind, base_model, dtype, trust_remote_code)
+            _end_as_trained(model, source, trust_remote_code)
             model.save_pretrained(staging)
             count, written = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
             _without_paths(staging / "config.json")
@@ -325,6 +326,19 @@ def _copy_tokenizer(source: Path, target: Path, base_model: str | None) -> None:
             for path in found:
                 shutil.copyfile(path, target / path.name)
             return
+
+
+def _end_as_trained(model: Any, source: Path, trust_remote_code: bool) -> None:
+    """Let generation end where the answers of the training did: an adapter's base may not."""
+    from convexlm.chat_templates import also_ends
+    from convexlm.tokenization import PromptSettings, answer_end, load_tokenizer
+
+    if not read_marker(source).get("prompt") or not any(source.glob("tokenizer*")):
+        return
+    settings = PromptSettings.load(source)
+    if settings.template == "chat":
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        also_ends(model.generation_config, answer_end(tokenizer, settings))
 
 
 def _copy_marker(source: Path, target: Path) -> None:

@@ -176,6 +176,9 @@ def _from_messages(messages: list[Any], template: Template, key: str) -> Record:
         raise UserError("there is no message before the assistant's answer")
     if template.name != "chat":
         raise UserError(f"records of messages need the template `chat`, not `{template.name}`")
+    for name in ("reasoning_content", "thinking", "reasoning", "tool_calls"):
+        if messages[-1].get(name):
+            raise UserError(f"the answer's `{name}` would be left out; write it into `content`, or take it away")
     # Tables fill keys that a message lacks with null; a chat template would take them for given.
     turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages[:-1]]
     prompt = "\n\n".join(turn["content"] for turn in turns)

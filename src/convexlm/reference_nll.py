@@ -149,7 +149,7 @@ def _values(model: Any, tokenizer: Any, settings: Any, instruction: str | None, 
     from convexlm.decoding import DecodeJob, Search
     from convexlm.diagnosis.measure import measure
     from convexlm.instructions import Record
-    from convexlm.tokenization import tokenize_records
+    from convexlm.tokenization import answer_end, tokenize_records
 
     job = DecodeJob(test_set, Search(), Path("unused.jsonl"), settings, instruction)
     pairs = zip(job.prompts(), test_set.references[0], strict=True)
@@ -159,7 +159,7 @@ def _values(model: Any, tokenizer: Any, settings: Any, instruction: str | None, 
     rows = [row for row in tokenized.rows if not positions or len(row["input_ids"]) <= positions]
     values: list[float | None] = [None] * len(records)
     if rows:
-        means = measure(model, rows, eos_token_id=tokenizer.eos_token_id).m
+        means = measure(model, rows, eos_token_id=answer_end(tokenizer, settings)).m
         for row, mean in zip(rows, means, strict=True):
             values[int(row["record_id"])] = -float(mean)
     return values

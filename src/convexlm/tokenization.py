@@ -5,7 +5,9 @@ no token spans them and what decoding feeds the model (`encode_prompt`) is exact
 from the user is text: a literal `</s>` or `<|im_end|>` in it becomes ordinary pieces, never the special token.
 
 With the template `chat` the tokenizer's chat template is put around the messages. Its own special tokens are special,
-those written in a message are text. The answer follows the generation prompt and ends in the tokenizer's EOS.
+those written in a message are text. The answer follows the generation prompt and ends in the special token with
+which the chat template ends it (Gemma's `<end_of_turn>`), or in the EOS where it has none. What else the template
+would write around the answer (Qwen3's empty `<think>` block, a line end at the very end) is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.chat_templates import (
+    RefusedMessages,
+    around_answer,
+    end_of_turn,
+    longest_first,
+    render_chat,
+    special_texts,
+)
 from convexlm.errors import UserError
 from convexlm.files import read_json_object, write_atomic
 from convexlm.tokenizer_files import load_tokenizer
@@ -31,6 +41,7 @@ __all__ = [
     "SETTINGS_FILE",
     "PromptSettings",
     "TokenizedRecords",
+    "answer_end",
     "build_dataset",
     "check_max_length",
     "decode_text",
@@ -128,7 +139,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], settings: PromptSe
     """`encode_prompt` for many prompts at once, which is many times faster."""
     settings = settings.resolve(tokenizer)
     if settings.template == "chat":
-        encoded = [_encode_chat(tokenizer, prompt) for prompt in prompts]
+        encoded = []
+        for number, prompt in enumerate(prompts):
+            try:
+                encoded.append(_encode_chat(tokenizer, prompt))
+            except RefusedMessages as error:
+                error.number = number
+                raise
     elif all(isinstance(prompt, str) for prompt in prompts):
         encoded = _encode_texts(tokenizer, prompts)
     else:
@@ -142,13 +159,27 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], settings: PromptSe
 
 
 def encode_record(tokenizer: Any, record: Record, settings: PromptSettings) -> tuple[list[int], list[int]]:
-    """Prompt ids, and the answer's ids with the EOS, of one record.
+    """Prompt ids, and the answer's ids with `answer_end`, of one record.
 
     Raises:
         UserError: the tokenizer has no EOS token, or as `encode_prompt`.
     """
     prompt = encode_prompt(tokenizer, _prompt_of(record), settings)
-    return prompt, [*encode_continuations(tokenizer, [record.completion])[0], _eos(tokenizer)]
+    return prompt, _encode_answers(tokenizer, [record], settings)[0]
+
+
+def answer_end(tokenizer: Any, settings: PromptSettings) -> int:
+    """The token that ends an answer: the EOS, or with the template `chat` what the chat template ends it with.
+
+    Gemma and Phi-3 never end a turn with their EOS: trained to, they would unlearn what they know.
+
+    Raises:
+        UserError: the tokenizer has no EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
+    end = end_of_turn(tokenizer) if settings.template == "chat" else None
+    return tokenizer.eos_token_id if end is None else tokenizer.convert_tokens_to_ids(end)
 
 
 def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -227,13 +258,16 @@ def tokenize_batch(
     Raises:
         UserError: no EOS token, an empty prompt without BOS, or as `encode_prompt`.
     """
-    eos = _eos(tokenizer)
-    prompts = encode_prompts(tokenizer, [_prompt_of(record) for record in records], settings)
-    answers = encode_continuations(tokenizer, [record.completion for record in records])
+    answers = _encode_answers(tokenizer, records, settings)
+    names = [record.id or f"#{number}" for number, record in enumerate(records, start=start + 1)]
+    try:
+        prompts = encode_prompts(tokenizer, [_prompt_of(record) for record in records], settings)
+    except RefusedMessages as error:
+        raise UserError(f"record {names[error.number]}: {error}") from None
     done = TokenizedRecords()
     for number, record in enumerate(records):
-        prompt, ids = prompts[number], [*prompts[number], *answers[number], eos]
-        name = record.id or f"#{start + number + 1}"
+        prompt, ids = prompts[number], [*prompts[number], *answers[number]]
+        name = names[number]
         if not prompt:
             raise UserError(f"record {name}: the prompt is empty and there is no BOS to start from; set add_bos")
         if max_length is not None and len(prompt) >= max_length:
@@ -280,14 +314,15 @@ def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return re.sub(r"[\r\n]+", " ", text).strip()
 
 
+def _encode_answers(tokenizer: Any, records: Sequence[Record], settings: PromptSettings) -> list[list[int]]:
+    """The ids of each answer, with the blanks that the chat template puts before it, and its end."""
+    blanks = around_answer(tokenizer)[0] if settings.template == "chat" else ""
+    end = answer_end(tokenizer, settings)
+    return [[*ids, end] for ids in encode_continuations(tokenizer, [blanks + record.completion for record in records])]
+
+
 def _prompt_of(record: Record) -> Prompt:
     return record.prompt if record.messages is None else record.messages
-
-
-def _eos(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so no answer could end; set its eos_token")
-    return tokenizer.eos_token_id
 
 
 def _encode_texts(tokenizer: Any, texts: Sequence[Any], *, text_only: bool = True) -> list[list[int]]:
@@ -318,36 +353,31 @@ def _encode_chat(tokenizer: Any, prompt: Prompt) -> list[int]:
     is masked while the template renders, so that the special tokens of the template are known from the user's.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    specials = _special_texts(tokenizer)
+    specials = special_texts(tokenizer)
     written = "\0".join(value for turn in messages for value in turn.values() if isinstance(value, str))
     if not any(token in written for token in specials):
-        return _encode_texts(tokenizer, [_render_chat(tokenizer, messages)], text_only=False)[0]
-    special = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
+        return _encode_texts(tokenizer, [render_chat(tokenizer, messages)], text_only=False)[0]
+    special = re.compile("|".join(map(re.escape, longest_first(specials))))
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)
     for turn in messages:
         for key, value in turn.items():
             if isinstance(value, str):
                 turn[key] = special.sub(lambda found: f"{mark}{specials.index(found[0])}{mark}", value)
-    rendered = _render_chat(tokenizer, messages)
     ids: list[int] = []
-    for piece in re.split(f"({special.pattern})", rendered):
-        if piece in specials:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
-        elif piece:
-            text = re.sub(f"{mark}([0-9]+){mark}", lambda found: specials[int(found[1])], piece)
-            ids += (encode_continuations if ids else _encode_texts)(tokenizer, [text])[0]
-    return ids
+    own = ""  # what the template wrote since the last text with a mask, from a special token to a special token
+    for piece in re.split(f"({special.pattern})", render_chat(tokenizer, messages)):
+        if mark not in piece:
+            own += piece
+            continue
+        ids += _encode_texts(tokenizer, [own], text_only=False)[0]
+        own = ""
+        text = re.sub(f"{mark}([0-9]+){mark}", lambda found: specials[int(found[1])], piece)
+        goes_on = bool(ids) and not _begins_anew(tokenizer, ids[-1])
+        ids += (encode_continuations if goes_on else _encode_texts)(tokenizer, [text])[0]
+    return ids + _encode_texts(tokenizer, [own], text_only=False)[0]
 
 
-def _special_texts(tokenizer: Any) -> list[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
-
-
-def _render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template; use another template, or set its chat_template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja2's errors, and whatever a template raises about roles
-        raise UserError(f"the tokenizer's chat template refuses the messages: {error}") from None
+def _begins_anew(tokenizer: Any, special: int) -> bool:
+    """Whether text behind a special token gets the blank that a SentencePiece tokenizer puts before a text."""
+    behind = _encode_texts(tokenizer, [tokenizer.convert_ids_to_tokens(special) + "a"], text_only=False)[0]
+    return behind[1:] == _encode_texts(tokenizer, ["a"])[0]

@@ -134,8 +134,9 @@ def _train_in(
     from transformers.trainer_utils import align_special_tokens
     from trl import get_quantization_config
 
+    from convexlm.chat_templates import also_ends
     from convexlm.continuing import ContinuingTrainer, refuse_what_cannot_change
-    from convexlm.tokenization import PromptSettings, load_tokenizer
+    from convexlm.tokenization import PromptSettings, answer_end, load_tokenizer
 
     begun = time.monotonic()
     if args.return_freed_memory and return_freed_memory(args.device.type):
@@ -181,6 +182,7 @@ def _train_in(
             check_rows(rows, str(name), trainer.model, tokenizer, args)
     if model_options.use_peft is False and getattr(trainer.model, "generation_config", None) is not None:
         align_special_tokens(trainer.model, tokenizer)  # as its `train` does
+        also_ends(trainer.model.generation_config, answer_end(tokenizer, settings))
         place = "the model" if data.config_name else model_options.model_name_or_path
         check_generation_config(trainer.model.generation_config, f"generation_config.json of {place}")
     loader = trainer.get_train_dataloader()

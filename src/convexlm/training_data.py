@@ -32,7 +32,7 @@ from convexlm.instructions import (
 )
 from convexlm.progress import note
 from convexlm.templates import get_template
-from convexlm.tokenization import check_max_length, nothing_left, tokenize_batch
+from convexlm.tokenization import answer_end, check_max_length, nothing_left, tokenize_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -196,7 +196,7 @@ def _tokenize_texts(
     """Rows of a batch of records, those without room for a target empty and marked; runs in worker processes."""
     records = [Record(*json.loads(text)) for text in batch["record"]]
     done = tokenize_batch(records, tokenizer, settings, max_length, start=indices[0])
-    rows, dropped = iter(done.rows), set(done.dropped)
+    rows, dropped, end = iter(done.rows), set(done.dropped), answer_end(tokenizer, settings)
     columns: dict[str, list[Any]] = {key: [] for key in ("input_ids", "labels", "weight", "record_id", "fate")}
     for index, record in zip(indices, records, strict=True):
         name = record.id or f"#{index + 1}"
@@ -205,8 +205,8 @@ def _tokenize_texts(
             fate = _DROPPED
         else:
             row = next(rows)
-            # A whole row ends in the EOS, and no text makes one.
-            fate = _KEPT if row["input_ids"][-1] == tokenizer.eos_token_id else _CUT
+            # A whole row ends in the answer's end, and no text makes one.
+            fate = _KEPT if row["input_ids"][-1] == end else _CUT
         for key, value in row.items():
             columns[key].append(value)
         columns["fate"].append(fate)
@@ -313,10 +313,10 @@ def _options(tokenizer: Any) -> Mapping[str, Any]:
 
 def _code_hash(template: str) -> list[str] | None:
     """The hash of the code that makes rows of records: this package's, and what plugins have registered."""
-    from convexlm import instructions, templates, tokenization
+    from convexlm import chat_templates, instructions, templates, tokenization
 
     functions: list[Any] = [*(known.read for known in FORMATS.values()), get_template(template).render]
-    files = {inspect.getsourcefile(module) for module in (instructions, templates, tokenization)}
+    files = {inspect.getsourcefile(module) for module in (instructions, templates, chat_templates, tokenization)}
     try:
         files |= {inspect.getsourcefile(inspect.unwrap(function)) for function in functions}
         code = sorted(file_sha256(str(file)) for file in files)

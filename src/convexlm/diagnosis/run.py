@@ -70,6 +70,7 @@ def diagnose(
     """
     from convexlm.decoding.checkpoint import choose_device
     from convexlm.decoding.loading import load_tokenizer
+    from convexlm.tokenization import answer_end
 
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.batch_size}")
@@ -100,7 +101,8 @@ def diagnose(
                 f"be "
                 "compared between the two"
             )
-    measured = [_measured(folder, tokenized, tokenizer, device, options, note, progress) for folder in checkpoints]
+    end = answer_end(tokenizer, settings)
+    measured = [_measured(folder, tokenized, end, device, options, note, progress) for folder in checkpoints]
     samples = [_as_sample(one, tokenized, sample) for one, _ in measured]
     result = {
         "schema": SCHEMA,
@@ -209,7 +211,7 @@ def _tokenize(sample: RecordSample, tokenizer: Any, settings: PromptSettings, li
 def _measured(
     checkpoint: Path,
     tokenized: TokenizedRecords,
-    tokenizer: Any,
+    end: int,
     device: str,
     options: DiagnoseOptions,
     note: Callable[[str], None],
@@ -234,7 +236,7 @@ def _measured(
     result = measure(
         model,
         tokenized.rows,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
         batch_size=options.batch_size,
         progress=progress,
     )

@@ -135,7 +135,8 @@ class Backend(ABC):
         """The hypothesis as one line of text: no special tokens, newlines as spaces, outer blanks removed."""
         from convexlm.tokenization import decode_text
 
-        return decode_text(self.tokenizer, hypothesis.token_ids)
+        # What ends it is no text, even where the tokenizer takes that token for an ordinary one.
+        return decode_text(self.tokenizer, hypothesis.token_ids[: -1 if hypothesis.finished else None])
 
     def close(self) -> None:
         """Free the model's memory."""

@@ -28,8 +28,8 @@ class HuggingFaceBackend(Backend):
     The loops are `convexlm.decoding.generation`'s for every model that they can run, and transformers' `generate` for
     the others; both find the same hypotheses.
 
-    Of the checkpoint's own generation config only the EOS ids are kept (together with the tokenizer's): its sampling
-    settings must not leak into a search that says nothing of them.
+    Of the checkpoint's own generation config only the EOS ids are kept (see `eos_ids_of`): its sampling settings must
+    not leak into a search that says nothing of them.
     """
 
     model: Any = None
@@ -53,7 +53,7 @@ class HuggingFaceBackend(Backend):
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         self.model = load_model(checkpoint, device, getattr(torch, dtype), trust_remote_code=trust_remote_code)
-        self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, self.model)
+        self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, self.model.config, self.model)
         pad = _as_ids(self.tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
         # Padding is masked everywhere, so any id will do where the tokenizer has none of its own.
         self.pad_id = (pad or self.eos_ids or [0])[0]
@@ -261,19 +261,28 @@ def cached_bytes(model: Any) -> int | None:
     return 2 * int(layers) * int(groups) * int(size) * int(model.dtype.itemsize)
 
 
-def eos_ids_of(tokenizer: Any, checkpoint: Path, model: Any = None) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, and those of the checkpoint's generation config.
+def eos_ids_of(tokenizer: Any, checkpoint: Path, config: Any, model: Any = None) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, its chat template's end of a turn, the generation config's.
 
     Args:
         tokenizer: the checkpoint's.
         checkpoint: the folder; its files are read if there is no `model`.
+        config: the model's; a token that it has no embedding for ends nothing.
         model: the loaded model, whose generation config transformers has read already.
     """
+    from convexlm.chat_templates import end_of_turn
+
     if model is None:
         from convexlm.decoding.loading import load_generation_config
 
-        return _as_ids(tokenizer.eos_token_id, load_generation_config(checkpoint).eos_token_id)
-    return _as_ids(tokenizer.eos_token_id, model.generation_config.eos_token_id)
+        generation_config = load_generation_config(checkpoint)
+    else:
+        generation_config = model.generation_config
+    turn = end_of_turn(tokenizer)
+    ends = None if turn is None else tokenizer.convert_tokens_to_ids(turn)
+    if ends is not None and ends >= config.get_text_config().vocab_size:
+        ends = None
+    return _as_ids(tokenizer.eos_token_id, generation_config.eos_token_id, ends)
 
 
 def _as_ids(*values: int | list[int] | None) -> list[int]:

@@ -1,0 +1,105 @@
+"""What a tokenizer's chat template makes of messages: the same text on every day, and how it ends an answer."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TODAY = datetime(2024, 7, 26)
+"""The day on which every prompt is written: what Llama 3.2's template says where it is told no date.
+
+Templates such as Llama 3.2's and gpt-oss's write the date into the prompt. With the true one a model would be decoded
+with other prompts than it was trained with, and a run that was stopped would go on with others after midnight.
+"""
+
+
+class RefusedMessages(UserError):
+    """A chat template refused messages; `number` is the place of the prompt among those encoded."""
+
+    number = 0
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str:
+    """The text of messages, with the generation prompt.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+        RefusedMessages: it does not take these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; use another template, or set its chat_template")
+    return _render(tokenizer, messages, True)
+
+
+def end_of_turn(tokenizer: Any) -> str | None:
+    """The special token with which the chat template ends an answer; None where there is none, or no template."""
+    return around_answer(tokenizer)[1]
+
+
+def around_answer(tokenizer: Any) -> tuple[str, str | None]:
+    """Blanks that the chat template puts between generation prompt and answer, and the special token behind it.
+
+    Llama 2's has a blank before the answer, so that the answer begins with other tokens than without.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "", None
+    answer, turns = "answer", [{"role": "user", "content": "question"}]
+    try:
+        asked = _render(tokenizer, turns, True)
+        text = _render(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)
+    except RefusedMessages:
+        return "", None
+    before, found, behind = text.rpartition(answer)
+    if not found:
+        return "", None
+    blanks = before.removeprefix(asked)
+    behind = behind.lstrip()  # Llama 2 puts a blank before its `</s>`
+    end = next((token for token in longest_first(special_texts(tokenizer)) if behind.startswith(token)), None)
+    return (blanks if not blanks.strip() else ""), end
+
+
+def also_ends(generation_config: Any, token: int) -> None:
+    """Let generation end at `token` too, wherever the model is used."""
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if token not in ends:
+        generation_config.eos_token_id = [*ends, token]
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens as they are written."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
+
+
+def longest_first(texts: Sequence[str]) -> list[str]:
+    """Texts in the order in which to look for them, where one may begin with another."""
+    return sorted(texts, key=len, reverse=True)
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=_on_one_day(template) if "strftime_now" in template else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # jinja2's errors, and whatever a template raises about roles
+        raise RefusedMessages(f"the tokenizer's chat template refuses the messages: {error}") from None
+
+
+@cache
+def _on_one_day(template: str) -> str:
+    """A chat template whose `strftime_now` tells `TODAY`: transformers lets nothing but a macro take its place."""
+    codes = re.findall(r"%-?[a-zA-Z]", template)
+    filters = "".join(f"|replace('{code}','{TODAY.strftime(code)}')" for code in dict.fromkeys(codes))
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}" + template
