@@ -17,7 +17,9 @@ from convexlm.decoding.backends.base import Hypothesis
 from convexlm.decoding.backends.hf import HuggingFaceBackend, eos_ids_of
 from convexlm.errors import UserError
 from convexlm.instructions import Record
+from convexlm.streaming import RecordStream
 from convexlm.tokenization import PromptSettings, encode_prompt, encode_record, load_tokenizer, tokenize_records
+from convexlm.training_data import prepare_data
 from training_helpers import tiny_config, train
 
 CHAT = PromptSettings("chat")
@@ -126,6 +128,26 @@ def test_special_text_changes_nothing_around_it(shared_data):
     )
     assert with_special == with_other.replace("@@", "</s>")
     assert encode_prompt(tokenizer, talk("</s>"), CHAT).count(tokenizer.eos_token_id) == 1
+
+
+def test_special_text_in_the_data_is_told(tmp_path, capsys):
+    """A prompt that was rendered elsewhere looks right and is trained on as other tokens."""
+    tokenizer = family("gemma")
+    whole = {"prompt": "<start_of_turn>user\nHi<end_of_turn>\n", "completion": "a"}
+    ended = {"instruction": "a", "output": "b<eos>"}
+    asked = {"instruction": "what is <eos>?", "output": "b"}
+    for template, record, told in [
+        ("alpaca", whole, "`<end_of_turn>` is written in the data (d.jsonl:2) and trained on as text"),
+        ("chat", ended, "`<eos>` is written in the data (d.jsonl:2)"),
+        ("chat", asked, ""),
+    ]:
+        path = tmp_path / "d.jsonl"
+        path.write_text(f"{json.dumps(dict.fromkeys(record, 'x'))}\n{json.dumps(record)}\n")
+        made = [str(path), template, tokenizer, PromptSettings(template), None]
+        prepare_data(*made, cache_dir=tmp_path / "cache")
+        assert told in (said := capsys.readouterr().err) and bool(told) == ("is written in" in said)
+        next(RecordStream(*made).one_pass())
+        assert told in (said := capsys.readouterr().err) and bool(told) == ("is written in" in said)
 
 
 def test_refused_record_is_named():

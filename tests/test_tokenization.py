@@ -175,10 +175,16 @@ def test_first_character_never_fuses(plain):
 
 
 def test_bos_rule(plain):
+    from tokenizers.processors import TemplateProcessing
+
     assert PromptSettings().resolve(plain).add_bos is True
     assert PromptSettings().resolve(byte_level(bos_token="</s>")).add_bos is False, "as in GPT-2"
     assert PromptSettings().resolve(byte_level(bos_token=None)).add_bos is False
     assert PromptSettings(template="chat").resolve(plain).add_bos is False
+    own = byte_level(bos_token="</s>")
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    assert PromptSettings().resolve(own).add_bos is True, "as in OPT, which puts its EOS before every text"
+    assert PromptSettings().resolve(byte_level(add_bos_token=False)).add_bos is False, "as in Yi"
     assert encode_prompt(plain, "a", PromptSettings(add_bos=False)) == plain("a")["input_ids"]
     with pytest.raises(UserError, match="no BOS token"):
         encode_prompt(byte_level(bos_token=None), "a", PromptSettings(add_bos=True))

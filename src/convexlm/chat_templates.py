@@ -12,6 +12,8 @@ from convexlm.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convexlm.instructions import Record
+
 TODAY = datetime(2024, 7, 26)
 """The day on which every prompt is written: what Llama 3.2's template says where it is told no date.
 
@@ -77,6 +79,22 @@ def special_texts(tokenizer: Any) -> list[str]:
     """The special tokens as they are written."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
+
+
+def said_of_special_text(records: Sequence[Record], tokenizer: Any, template: str) -> str:
+    """What to tell of records with special tokens written in them, as prompts rendered elsewhere have; empty if none.
+
+    Messages are not looked at, only the answer: in them it is what one wants.
+    """
+    tokens = special_texts(tokenizer)
+    for record in records:
+        text = record.completion if template == "chat" else f"{record.prompt}\0{record.completion}"
+        if found := [token for token in tokens if token in text]:
+            return (
+                f"`{found[0]}` is written in the data ({record.id}) and trained on as text, not as the special token: "
+                "give dialogues as `messages` (template chat), and answers without an end mark"
+            )
+    return ""
 
 
 def longest_first(texts: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from convexlm.chat_templates import said_of_special_text
 from convexlm.errors import UserError
 from convexlm.instructions import check_max_records, iter_records, no_records
 from convexlm.progress import note
@@ -59,7 +60,7 @@ class RecordStream:
         self.dataset, self.template = dataset, template
         self.tokenizer, self.settings, self.max_length = tokenizer, settings, max_length
         self.shuffle_buffer, self.seed, self.max_records = shuffle_buffer, seed, max_records
-        self._told = False
+        self._told = self._looked = False
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """The rows, again and again.
@@ -78,6 +79,9 @@ class RecordStream:
         rows = truncated = start = dropped = 0
         named: list[str] = []
         while batch := list(itertools.islice(records, _BATCH)):
+            if not self._looked and (said := said_of_special_text(batch, self.tokenizer, self.template)):
+                note(f"  {self.dataset}: {said}")
+            self._looked = True
             done = tokenize_batch(batch, self.tokenizer, self.settings, self.max_length, start)
             start += len(batch)
             rows += len(done.rows)

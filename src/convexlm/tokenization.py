@@ -76,16 +76,21 @@ class PromptSettings:
     def resolve(self, tokenizer: Any) -> PromptSettings:
         """These settings with `add_bos` fixed.
 
-        None becomes True if the tokenizer has a BOS token that is not its EOS too (as it is in GPT-2, which was
-        trained without one), and False with the template `chat`, where the chat template says whether there is one.
+        None becomes True if the tokenizer puts a BOS before a text of its own accord, or has one that is not its EOS
+        too (as it is in GPT-2, which was trained without one) and is not told `add_bos_token: false`; and False with
+        the template `chat`, where the chat template says whether there is one.
 
         Raises:
             UserError: `add_bos` is True and the tokenizer has no BOS token.
         """
         bos = tokenizer.bos_token_id
         if self.add_bos is None:
-            wanted = bos is not None and bos != tokenizer.eos_token_id and self.template != "chat"
-            return replace(self, add_bos=wanted)
+            if bos is None or self.template == "chat":
+                return replace(self, add_bos=False)
+            # What it does counts before what it says; a bare SentencePiece model does nothing and says nothing.
+            puts_one = tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+            may = bos != tokenizer.eos_token_id and tokenizer.init_kwargs.get("add_bos_token") is not False
+            return replace(self, add_bos=puts_one or may)
         if self.add_bos and bos is None:
             raise UserError("add_bos is on, but the tokenizer has no BOS token; turn add_bos off")
         return self
