@@ -36,9 +36,11 @@ SHARDINGS = (
     *("none", "ddp", "fsdp2", "fsdp2_offload", "zero1", "zero1_offload", "zero2", "zero2_offload"),
     *("zero3", "zero3_offload_optimizer", "zero3_offload_parameters", "zero3_offload"),
 )
-FRAMEWORK_BYTES = {"cpu": 520_000_000, "cuda": 700_000_000}
-"""What a process takes before it has a model: measured on a CPU (benchmarks/memory.py); a usual CUDA context's size,
-assumed and not measured."""
+FRAMEWORK_BYTES = {"cpu": 580_000_000, "cuda": 700_000_000}
+"""What a process takes before it has a model: between two CPU machines' (benchmarks/memory.py); a usual CUDA context's
+size, assumed and not measured."""
+BITSANDBYTES_BYTES = 50_000_000
+"""What that package adds to it, on a CPU."""
 
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
 _ADAM_LIKE = 2
@@ -261,7 +263,7 @@ def _put_together(
         if adapter_only
         else model.parameters * (size if sharding.startswith("zero") else model.weights // max(1, model.parameters))
     )
-    framework = FRAMEWORK_BYTES[shape.device]
+    framework = FRAMEWORK_BYTES[shape.device] + BITSANDBYTES_BYTES * bool(shape.quantized)
     return MemoryEstimate(
         device=shape.device,
         sharding=sharding,
