@@ -130,6 +130,23 @@ def test_special_text_changes_nothing_around_it(shared_data):
     assert encode_prompt(tokenizer, talk("</s>"), CHAT).count(tokenizer.eos_token_id) == 1
 
 
+def test_blanks_that_a_special_token_swallows():
+    tokenizer = byte_tokenizer("<|endoftext|>", template=template_of("phi3"))
+    tokens = [AddedToken(f"<|{name}|>", special=True, rstrip=True, normalized=False) for name in ("user", "end")]
+    tokenizer.backend_tokenizer.add_special_tokens(tokens)
+    found = [tokenizer.decode(encode_prompt(tokenizer, f" a {word}", CHAT)) for word in ("<|end|>", "@@")]
+    assert found[0] == found[1].replace("@@", "<|end|>")
+
+
+def test_special_text_in_a_tool_call():
+    tokenizer = byte_tokenizer("<|im_end|>", others="<|im_start|>", template=template_of("qwen2_5"))
+    call = lambda text: {"type": "function", "function": {"name": "f", "arguments": {"a": [text]}}}  # noqa: E731
+    talk = lambda text: [ASK[0], {"role": "assistant", "content": "", "tool_calls": [call(text)]}, ASK[0]]  # noqa: E731
+    found = [encode_prompt(tokenizer, talk(text), CHAT) for text in ("<|im_end|>", "@@")]
+    assert found[0].count(tokenizer.eos_token_id) == found[1].count(tokenizer.eos_token_id)
+    assert tokenizer.decode(found[0]) == tokenizer.decode(found[1]).replace("@@", "<|im_end|>")
+
+
 def test_special_text_in_the_data_is_told(tmp_path, capsys):
     """A prompt that was rendered elsewhere looks right and is trained on as other tokens."""
     tokenizer = family("gemma")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from convexlm.instructions import Record
 
@@ -95,6 +95,24 @@ def said_of_special_text(records: Sequence[Record], tokenizer: Any, template: st
                 "give dialogues as `messages` (template chat), and answers without an end mark"
             )
     return ""
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in messages, those in a tool call's arguments too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(inner)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with every one of `texts_of` changed."""
+    if isinstance(value, dict):
+        return {key: with_texts(inner, change) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_texts(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def longest_first(texts: Sequence[str]) -> list[str]:

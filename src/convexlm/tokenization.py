@@ -25,6 +25,8 @@ from convexlm.chat_templates import (
     longest_first,
     render_chat,
     special_texts,
+    texts_of,
+    with_texts,
 )
 from convexlm.errors import UserError
 from convexlm.files import read_json_object, write_atomic
@@ -359,15 +361,14 @@ def _encode_chat(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     specials = special_texts(tokenizer)
-    written = "\0".join(value for turn in messages for value in turn.values() if isinstance(value, str))
+    written = "\0".join(texts_of(messages))
     if not any(token in written for token in specials):
         return _encode_texts(tokenizer, [render_chat(tokenizer, messages)], text_only=False)[0]
     special = re.compile("|".join(map(re.escape, longest_first(specials))))
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)
-    for turn in messages:
-        for key, value in turn.items():
-            if isinstance(value, str):
-                turn[key] = special.sub(lambda found: f"{mark}{specials.index(found[0])}{mark}", value)
+    messages = with_texts(
+        messages, lambda text: special.sub(lambda found: f"{mark}{specials.index(found[0])}{mark}", text)
+    )
     ids: list[int] = []
     own = ""  # what the template wrote since the last text with a mask, from a special token to a special token
     for piece in re.split(f"({special.pattern})", render_chat(tokenizer, messages)):
@@ -377,6 +378,9 @@ def _encode_chat(tokenizer: Any, prompt: Prompt) -> list[int]:
         ids += _encode_texts(tokenizer, [own], text_only=False)[0]
         own = ""
         text = re.sub(f"{mark}([0-9]+){mark}", lambda found: specials[int(found[1])], piece)
+        last = tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+        if last is not None and last.rstrip:  # Phi-3's tokens swallow the blanks behind them
+            text = text.lstrip()
         goes_on = bool(ids) and not _begins_anew(tokenizer, ids[-1])
         ids += (encode_continuations if goes_on else _encode_texts)(tokenizer, [text])[0]
     return ids + _encode_texts(tokenizer, [own], text_only=False)[0]
