@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import socket
@@ -287,6 +288,21 @@ def test_generation_and_saving_are_what_they_were(tmp_path):
     assert torch.equal(again(**inputs).logits, plain(**inputs).logits)
     with pytest.raises(ValueError, match="not_an_argument"):
         patched.generate(**inputs, not_an_argument=1, **options)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_deep_copy_of_a_trained_model_has_weights_of_its_own(tmp_path, adapter):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    trainer = make(tmp_path, rows(4), given={"peft_config": config} if adapter else None)
+    kept = copy.deepcopy(trainer.model)
+    inputs, labels = batch(vocabulary=44)
+    wanted = kept(**inputs).logits
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+    assert torch.equal(kept(**inputs).logits, wanted) and wanted.abs().max() > 0.1
+    own = kept(**inputs, labels=labels, fused_objective=HeadCall(CONVEX)).loss
+    torch.testing.assert_close(own, from_logits(wanted, labels).loss.float())
 
 
 def test_the_head_is_as_before_after_an_error():

@@ -7,7 +7,7 @@ import logging
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from convexlm.collator import ConvexCollator, keeps_packed_rows
 from convexlm.record_separation import separates_in_its_source, separates_records
@@ -29,6 +29,19 @@ def test_records_whose_first_token_is_labelled_give_the_same_step_in_every_layou
             torch.testing.assert_close(got[name], logs[name], rtol=1e-5, atol=1e-7, msg=f"{layout}: {name}")
         for name, value in wanted.items():
             torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6, msg=f"{layout}: {name}")
+
+
+@pytest.mark.parametrize("length_weighting", ["token", "sequence"])
+def test_a_collator_of_ones_own_may_flatten_and_say_by_positions_alone_where_a_record_begins(
+    tmp_path, length_weighting
+):
+    settings = {"length_weighting": length_weighting, "gradient_accumulation_steps": 2}
+    wanted, wanted_log = one_step(tmp_path, rows(8), **settings)
+    got, log = one_step(tmp_path, rows(8), given={"data_collator": DataCollatorWithFlattening()}, **settings)
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
+    for name in STATISTICS:
+        assert log[name] == pytest.approx(wanted_log[name], rel=1e-5), name
 
 
 # -- models whose attention lets records see each other ---------------------------------------------------------------

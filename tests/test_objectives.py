@@ -271,6 +271,19 @@ def test_registration_refuses_what_would_mislead():
         Objective()(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
 
 
+def test_an_objective_that_is_not_elementwise_is_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Averaged(Objective):
+        def value(self, m):
+            return -m.mean()
+
+        def weight(self, m):
+            return torch.ones_like(m)
+
+    with pytest.raises(ValueError, match=r"each of the 2 numbers m, not \(\) and \(2,\); it must be elementwise"):
+        Averaged()(torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool))
+
+
 def test_warm_up_goes_from_maximum_likelihood_to_the_objective():
     convex = get_objective("convex", k=4.0, mle_mix=0.1, length_weighting="sequence")
     assert warmed_up(convex, 0) == Mle(mle_mix=0.1, length_weighting="sequence")

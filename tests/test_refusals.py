@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from trl import SFTConfig
 
@@ -73,6 +74,26 @@ def test_arguments_that_would_replace_the_objective_or_lose_the_weights_are_refu
     make(tmp_path, rows(4, weights=True), given={"data_collator": ConvexCollator(0)})
     with pytest.raises(ValueError, match="must be a ConvexConfig"):
         make(tmp_path, rows(4), config=SFTConfig)
+
+
+def test_data_without_a_record_or_a_target_are_refused(tmp_path):
+    whole, empty = Dataset.from_list(rows(4)), Dataset.from_list(rows(4)).select([])
+    for data, evaluated, name in (
+        (empty, None, "train_dataset"),
+        (whole, empty, "eval_dataset"),
+        (whole, {"own": empty}, r"eval_dataset\['own'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is empty"):
+            make(tmp_path, data, eval_data=evaluated)
+    with pytest.raises(ValueError, match="the train dataset is empty: give a larger `max_length`"):
+        make(tmp_path, rows(4), max_length=2)
+
+
+def test_a_collator_that_gives_no_labels_is_told_so(tmp_path):
+    trainer = make(tmp_path, rows(4), given={"data_collator": lambda examples: {"input_ids": torch.ones(4, 3).long()}})
+    for use in (trainer.train, lambda: trainer.evaluate(Dataset.from_list(rows(4)))):
+        with pytest.raises(ValueError, match=r"the batch has no `labels` \(it has input_ids\); your `data_collator`"):
+            use()
 
 
 def test_assistant_only_loss_needs_marks_in_the_chat_template(tmp_path):

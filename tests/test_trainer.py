@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import types
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -176,6 +178,40 @@ def test_a_batch_without_any_target_is_a_finite_zero(tmp_path, kind, empty):
         assert all(line[name] == 0 for name in STATISTICS)
     before = tiny_model().state_dict()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_adalora_adds_its_regulariser_once_a_step(tmp_path):
+    """PEFT adds it to the loss of every forward pass."""
+    config = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "total_step": 9, "tinit": 1, "tfinal": 1}
+    logs = []
+    for accumulated in (1, 4):
+        trainer = make(tmp_path, rows(8), max_steps=2, per_device_train_batch_size=8 // accumulated,
+                       gradient_accumulation_steps=accumulated,
+                       given={"peft_config": peft.AdaLoraConfig(**config)})  # fmt: skip
+        trainer.train()
+        logs.append({name: logged(trainer, name) for name in ("loss", "nll", "grad_norm")})
+    for name, values in logs[0].items():
+        torch.testing.assert_close(logs[1][name], values, rtol=1e-5, atol=0)
+    assert trainer.model.peft_config["default"].orth_reg_weight == 0.5
+
+
+def test_repetitions_are_found_in_training_after_an_evaluation(tmp_path, caplog):
+    """A model stays in evaluation mode until the next step, whose batches come before it."""
+    trainer = make(tmp_path, rows(5), per_device_train_batch_size=2)
+    trainer._train_batch_size = 2
+    trainer.accelerator = types.SimpleNamespace(
+        num_processes=2, process_index=1, split_batches=False, gather=lambda x: x,
+        # As in an epoch that was gone on with after a resume: the remainder is not known.
+        gradient_state=types.SimpleNamespace(end_of_dataloader=True, remainder=-1),
+    )  # fmt: skip
+    batch = trainer.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows(2)])
+    for mode in (True, False):
+        trainer.model.train(mode)
+        (got,), normalizer = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        assert normalizer == 0 and (got["labels"] == -100).all()  # the one record that is left is the other process's
+    for _ in range(2):
+        trainer._warn_of_a_stream(IterableDataset.from_generator(lambda: iter(rows(5))), "evaluation")
+    assert caplog.text.count("The evaluation data are a stream, whose length is unknown") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trainer_helpers import KINDS, assert_same_weights, logged, make, one_step, per_record, trained
 from training_helpers import STATISTICS, rows, tiny_model
@@ -42,6 +43,24 @@ def test_a_bad_weight_is_refused_with_its_record(tmp_path, bad, packing):
     data = [{**row, "weight": bad if number == 4 else 1.0} for number, row in enumerate(rows(6))]
     with pytest.raises(ValueError, match=r"train dataset, record 4: .*weight.*at least 0"):
         make(tmp_path, data, packing=packing)
+
+
+def test_a_weight_that_is_no_number_for_a_record_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train dataset, record 0: a record's `weight` must be a number, not 'heavy'"):
+        make(tmp_path, [{**row, "weight": "heavy"} for row in rows(4)])
+    trainer = make(tmp_path, [{**row, "weight": [2.0]} for row in rows(4)])  # looks like a row that is packed already
+    with pytest.raises(ValueError, match="a list of 1 numbers for .* tokens; give one number a record"):
+        trainer.train()
+
+
+def test_a_collator_of_ones_own_does_not_lose_the_weights_of_data_that_come_later(tmp_path):
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    trainer = make(tmp_path, rows(4), given={"data_collator": collator})
+    weighted = Dataset.from_list(rows(5, weights=True))
+    for use in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="dataset has a column `weight`, which only a"):
+            use(weighted)
+        use(weighted.remove_columns("weight"))
 
 
 WEIGHTLESS = [{**row, "weight": 0.0} for row in rows(6)]

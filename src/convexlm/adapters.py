@@ -1,11 +1,38 @@
-"""Merging an adapter into its base model, so that the merged model computes what the two did together."""
+"""What PEFT adds to a loss; and merging an adapter into its base model.
+
+The merged model computes what the two did together.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def regularised_in_parts(model: Any, parts: int) -> Iterator[None]:
+    """AdaLoRA adds its regulariser to the loss of every forward pass: in here one part of it, so that all add it once.
+
+    Args:
+        model: the model, wrapped by PEFT or not.
+        parts: how many passes make a step, those of other processes included.
+    """
+    configs = getattr(model, "peft_config", None)
+    configs = list(configs.values()) if isinstance(configs, dict) else []
+    weights = [(one, one.orth_reg_weight) for one in configs if hasattr(one, "orth_reg_weight")]
+    try:
+        for config, weight in weights:
+            config.orth_reg_weight = weight / parts
+        yield
+    finally:
+        for config, weight in weights:
+            config.orth_reg_weight = weight
 
 
 def merge_adapter(model: Any) -> Any:

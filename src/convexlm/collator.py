@@ -89,13 +89,42 @@ def keeps_packed_rows(config: Any, attention: str | None = None) -> bool:
     return chosen in ("sdpa", "eager") and known and plain and not stateful
 
 
+def sequences_of(batch: dict[str, Any]) -> torch.Tensor | None:
+    """Which sequence of its row a token belongs to, in the layout of `labels`; None: a row is one sequence.
+
+    A collator of the user's own may say by `position_ids` alone where a sequence begins, as transformers'
+    `DataCollatorWithFlattening` does.
+    """
+    ids, positions, labels = batch.get("seq_idx"), batch.get("position_ids"), batch["labels"]
+    if ids is not None or positions is None or positions.dim() != 2:
+        return ids
+    begins = positions == 0
+    return (begins.cumsum(1) - begins[:, :1].long()).expand(labels.shape)
+
+
 def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
     weight = example.get("weight")
     if isinstance(weight, (list, tuple)):  # a packed row carries one number a token
+        if len(weight) != length:
+            raise ValueError(
+                f"`weight` is a list of {len(weight)} numbers for {length} tokens; give one number a record"
+            )
         return torch.tensor(weight, dtype=torch.float32)
-    value = 1.0 if weight is None else float(weight)
+    return torch.full((length,), weight_of(weight), dtype=torch.float32)
+
+
+def weight_of(weight: Any) -> float:
+    """A record's weight as a number; 1 where it has none.
+
+    Raises:
+        ValueError: it is no number, negative, or not finite in float32.
+    """
+    try:
+        value = 1.0 if weight is None else float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(f"a record's `weight` must be a number, not {weight!r}") from None
     check_weight(value)
-    return torch.full((length,), value, dtype=torch.float32)
+    return value
 
 
 def check_weight(weight: float) -> None:

@@ -162,7 +162,8 @@ def add_fused_objective(model: Any) -> None:
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
     def forward(self: Any, *args: Any, fused_objective: HeadCall | None = None, **kwargs: Any) -> Any:
         if fused_objective is None:
-            return original(*args, **kwargs)
+            # `original` is bound to the model that was patched, and a deep copy of it has weights of its own.
+            return original(*args, **kwargs) if self is model else type(self).forward(self, *args, **kwargs)
         labels = kwargs.pop("labels", None)
         if labels is None:
             raise ValueError("`fused_objective` needs `labels`")

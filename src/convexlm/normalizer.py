@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from convexlm.collator import WEIGHT
+from convexlm.collator import WEIGHT, sequences_of
 from convexlm.objectives import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def count_targets(batch: dict[str, Tensor], by_length: bool) -> Tensor:
     per_token = mask.to(dtype) if weights is None else weights[:, 1:].to(mask.device, dtype) * mask
     if by_length:
         return per_token.sum()
-    ids = batch.get("seq_idx")
+    ids = sequences_of(batch)
     if ids is None:
         return per_token.amax(dim=1).sum() if per_token.shape[1] else per_token.sum()
     ids = ids[:, 1:].to(mask.device).long()

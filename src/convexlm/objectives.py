@@ -240,8 +240,13 @@ class Objective:
         here = used if by_token else present
         repeats = a_token if by_token else a_sequence
         function = self.for_lengths(torch.ones_like(points) if by_token else lengths.clamp(min=1))
-        values = torch.where(here, function.mixed_value(points), 0.0)
-        weights = torch.where(here, function.mixed_weight(points.detach()), 0.0)
+        values, weights = function.mixed_value(points), function.mixed_weight(points.detach())
+        if not values.shape == weights.shape == points.shape:
+            raise ValueError(
+                f"objective `{self.name}` has to give a value and a weight for each of the {len(points)} numbers m, "
+                f"not {tuple(values.shape)} and {tuple(weights.shape)}; it must be elementwise in m"
+            )
+        values, weights = torch.where(here, values, 0.0), torch.where(here, weights, 0.0)
         share = repeats
         if by_token and not by_length:
             share = repeats / torch.cat([lengths.clamp(min=1), lengths.new_ones(1)])[segments]

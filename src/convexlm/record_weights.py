@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from convexlm.collator import check_weight
+from convexlm.collator import weight_of
 
 _BATCH = 10_000
 
@@ -31,9 +31,8 @@ def check_record_weights(dataset: Any, name: str) -> None:
         for weight in batch["weight"]:
             if isinstance(weight, list):
                 return
-            value = 1.0 if weight is None else float(weight)
             try:
-                check_weight(value)
+                value = weight_of(weight)
             except ValueError as error:
                 raise ValueError(f"{name}, record {number}: {error}") from None
             number, any_weighs = number + 1, any_weighs or value > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
+
 from convexlm.collator import ConvexCollator
 from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.record_weights import check_record_weights, columns_of
@@ -54,6 +56,26 @@ def refuse_prompt_learning(model: Any, *, flat: bool, left: bool) -> None:
         )
 
 
+def refuse_lost_weights(collator: Any, datasets: Mapping[str, Any]) -> None:
+    """Refuse records with a `weight` where a collator of the user's own would drop it.
+
+    Args:
+        collator: the trainer's.
+        datasets: by what the message calls them.
+
+    Raises:
+        ValueError: there are such records.
+    """
+    if isinstance(collator, ConvexCollator):
+        return
+    for name, dataset in datasets.items():
+        if "weight" in columns_of(dataset):
+            raise ValueError(
+                f"{name} has a column `weight`, which only a `convexlm.collator.ConvexCollator` hands on; leave "
+                "`data_collator` out or remove the column"
+            )
+
+
 def _other_losses(args: ConvexConfig, objective: Objective, given: Mapping[str, Any]) -> list[str]:
     reasons = []
     if given.get("compute_loss_func") is not None:
@@ -102,15 +124,10 @@ def _layouts(args: ConvexConfig, objective: Objective, given: Mapping[str, Any])
 
 
 def _data(args: ConvexConfig, given: Mapping[str, Any]) -> list[str]:
-    reasons = []
-    collator = given.get("data_collator")
-    if collator is not None and not isinstance(collator, ConvexCollator):
-        reasons += [
-            f"`{name}` has a column `weight`, which only a `convexlm.collator.ConvexCollator` hands on; leave "
-            "`data_collator` out or remove the column"
-            for name, dataset in _datasets(given).items()
-            if "weight" in columns_of(dataset)
-        ]
+    named = {f"`{name}`": dataset for name, dataset in _datasets(given).items()}
+    reasons = [f"{name} is empty" for name, dataset in named.items() if isinstance(dataset, Dataset) and not dataset]
+    if (collator := given.get("data_collator")) is not None:
+        refuse_lost_weights(collator, named)
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # which looks at them else
         for name, dataset in _datasets(given).items():
             check_record_weights(dataset, name)

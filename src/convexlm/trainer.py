@@ -17,11 +17,12 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, pack_dataset
 
 from convexlm.accelerate_environment import leave_the_environment
-from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows
+from convexlm.adapters import regularised_in_parts
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
@@ -34,7 +35,8 @@ from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, mer
 from convexlm.quantized import keep_gradients
 from convexlm.record_separation import refuse_mixing
 from convexlm.record_weights import check_record_weights, columns_of
-from convexlm.refusals import refuse_prompt_learning, refuse_what_cannot_be_honoured
+from convexlm.refusals import refuse_lost_weights, refuse_prompt_learning, refuse_what_cannot_be_honoured
+from convexlm.repeats import NoRepeats
 from convexlm.sampling import SamplingOrder
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ logger = logging.getLogger(__name__)
 leave_the_environment()
 
 
-class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingOrder, SFTTrainer):
+class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingOrder, NoRepeats, SFTTrainer):
     """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes.
 
     A dataset may have a column `weight` (a finite number of at least 0 a record, 1 if absent): it multiplies the
@@ -65,7 +67,9 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         if args is None:
             args = ConvexConfig(output_dir="convexlm-output")
         if not isinstance(args, ConvexConfig):
-            raise ValueError(f"`args` must be a ConvexConfig, not {type(args).__name__}")
+            raise ValueError(
+                f"`args` must be a ConvexConfig, which takes every option of SFTConfig, not {type(args).__name__}"
+            )
         self.objective: Objective = args.build_objective()
         refuse_what_cannot_be_honoured(args, self.objective, kwargs)
         self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
@@ -117,13 +121,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         self.loss_is_scaled_for_ga = True
         self._init_guard()
         self._init_durable()
-        endless = getattr(kwargs.get("train_dataset"), "endless", False)
-        if isinstance(self.train_dataset, IterableDataset) and not endless and self.accelerator.num_processes > 1:
-            logger.warning(
-                "The training data are a stream, whose length is unknown: where it ends within a batch, that batch is "
-                "filled up over the %d processes with records from its beginning, which then count twice.",
-                self.accelerator.num_processes,
-            )
+        if not getattr(kwargs.get("train_dataset"), "endless", False):
+            self._warn_of_a_stream(self.train_dataset, "training")
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -147,6 +146,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
                 "%s dataset: %d of %d records were dropped, for no target token of theirs lies within max_length=%s",
                 *(dataset_name, before - len(dataset), before, args.max_length),
             )
+            if len(dataset) == 0:
+                raise ValueError(f"the {dataset_name} dataset is empty: give a larger `max_length`, or other records")
         return dataset
 
     def _prepare_packed(
@@ -192,6 +193,13 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         if own and RECORD not in self._signature_columns:
             self._signature_columns.append(RECORD)
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer; `evaluate` and `predict` take datasets that nobody has looked at yet."""
+        refuse_lost_weights(self.data_collator, {f"the {description.lower()} dataset": dataset})
+        if dataset is not self.train_dataset:
+            self._warn_of_a_stream(dataset, description.lower())
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -206,7 +214,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             except StopIteration:
                 break
             self._records.append(records)
-            batch, seen = self._without_repeats(batch)
+            batch, seen = self._without_repeats(batch, training=True)
             self._seen = seen if self._seen is None else self._seen + seen
             batches.append(batch)
         if not batches:
@@ -219,34 +227,6 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             batches.append({**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)})
             self._records.append([])
         return batches, self.accelerator.gather(count.reshape(1)).sum()
-
-    def _without_repeats(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-        """The batch with records masked that fill up the last batch of several processes, and its number of tokens."""
-        labels, attention, rows = batch["labels"], batch.get("attention_mask"), batch.get(ROW)
-        seen = attention if attention is not None else torch.ones_like(labels) if rows is None else (rows >= 0).long()
-        state = self.accelerator.gradient_state
-        # The sampler of `batch_rebalance` deals records to the processes itself and repeats none.
-        deals = self.model.training and self.args.train_sampling_strategy == "batch_rebalance"
-        real = self._real_in_last_batch() if self.accelerator.num_processes > 1 and state.end_of_dataloader else 0
-        if real > 0 and not deals:
-            if rows is None:
-                rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
-            # Positions in the last batch of all processes together.
-            first = self.accelerator.process_index * (rows.max() + 1)
-            repeated = first + rows >= real
-            batch = {**batch, "labels": labels.masked_fill(repeated, IGNORE_INDEX)}
-            seen = seen.masked_fill(repeated, 0)
-        return batch, seen.sum()
-
-    def _real_in_last_batch(self) -> int:
-        """How many records of the last batch of all processes are no repetitions; not above 0: all, or unknown."""
-        remainder = self.accelerator.gradient_state.remainder
-        known = remainder >= 0 or not self.model.training or self.args.dataloader_drop_last
-        if known or not has_length(self.train_dataset):
-            return remainder
-        # accelerate does not know it in an epoch that is gone on with after a resume.
-        split = self.accelerator.split_batches
-        return len(self.train_dataset) % (self._train_batch_size * (1 if split else self.accelerator.num_processes))
 
     def compute_loss(
         self,
@@ -264,7 +244,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             num_items_in_batch: the global batch's normaliser from `get_batch_samples`; None in evaluation.
         """
         mode = "train" if self.model.training else "eval"
-        inputs = dict(inputs if mode == "train" else self._without_repeats(inputs)[0])
+        inputs = dict(inputs if mode == "train" else self._without_repeats(inputs, training=False)[0])
         inputs.pop(RECORD, None)
         token_weights = inputs.pop(WEIGHT, None)
         rows = inputs.pop(ROW, None)
@@ -273,14 +253,14 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
             call = replace(call, attended=None if rows is None else rows >= 0)
-        outputs = model(**inputs, fused_objective=call)
-        loss = outputs.loss
-        if num_items_in_batch is not None:
-            # DDP averages gradients over ranks; this loss is a part of a sum.
-            loss = loss * self.accelerator.num_processes
+        # What is no sum over targets is averaged over the micro-batches of a step, and over the processes.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        world = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        with regularised_in_parts(self.model, steps * world):
+            outputs = model(**inputs, fused_objective=call)
+        # DDP averages gradients over ranks; this loss is a part of a sum.
+        loss = outputs.loss * world
         if self.aux_loss_enabled:
-            # A mean over the micro-batch, so it is averaged over the accumulation steps.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         if mode == "train":
@@ -295,7 +275,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
     def _head_call(
         self, mode: str, inputs: dict[str, Any], token_weights: Tensor | None, normalizer: Tensor | int | None
     ) -> HeadCall:
-        sequence_ids = inputs.get("seq_idx")
+        sequence_ids = sequences_of(inputs)
         if token_weights is not None and self._wraps(mode):
             # A row holds pieces of several records and nobody knows where one ends; `wrapped` is allowed only
             # where a loss is a sum over tokens, so each token may stand for itself.
