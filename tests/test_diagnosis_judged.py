@@ -51,10 +51,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_extremes_stay_in_bounds():
-    assert couples_right_above(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == (1.0, (1.0, 1.0))
     assert couples_right_above(np.array([1.0]), np.array([0.0, 2.0])) == (0.5, (0.0, 1.0))
     share, (low, high) = couples_right_above(np.arange(20.0), np.array([0.5, 1.5]))
     assert 0 <= low <= share <= high <= 1
+
+
+def test_couples_that_all_agree_prove_the_less_the_fewer_they_are():
+    """DeLong's variance is zero there. All agree with a probability of at most A to the power of the rarer side."""
+    for size in (2, 5, 300):
+        share, (low, high) = couples_right_above(np.arange(size) + 400.0, np.arange(400.0))
+        assert (share, high) == (1.0, 1.0) and low**size == pytest.approx(0.025)
+        share, interval = couples_right_above(np.arange(400.0), np.arange(size) + 400.0)
+        assert share == 0.0 and interval == pytest.approx((0.0, 1 - low))
 
 
 def test_figures_by_hand_without_the_unjudged_and_those_of_weight_0():

@@ -131,6 +131,18 @@ def test_one_better_sentence_proves_nothing(method):
     assert row["delta_low"] <= 0 and not is_sure(row)
 
 
+def test_a_single_sentence_proves_nothing():
+    """Every resample of it is the same, so the interval is a point."""
+    systems, references = {"a": ["the cat sat"], "b": ["the cat sat on the mat"]}, [["the cat sat on the mat"]]
+    found = joint_test([Corpus("x", "en", systems, references)] * 2, ["bleu", "ter"], n_samples=100)
+    found += paired_test(systems, references, "en", ["chrf"], n_samples=100)
+    found += mean_difference_test([{"a": [0.0], "b": [1.0]}], n_samples=100)
+    rows = [row for row in found if row["system"] == "b"]
+    assert len(rows) == 4 and all(row["delta"] for row in rows)
+    assert all(row[key] == 1.0 for row in rows for key in ("p_value", "p_two_sided", "p_holm"))
+    assert not any(is_sure(row) for row in rows)
+
+
 def test_rouge_can_be_tested_too():
     rows = paired_test(SYSTEMS, [REFERENCE], "en", ["rouge1"], n_samples=200)
     assert rows[0]["signature"].startswith("nrefs:1|bs:200|seed:12345|")

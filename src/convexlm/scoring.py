@@ -196,7 +196,8 @@ class Scorer:
         self.target_lang = target_lang
         self.references = [list(stream) for stream in references]
         self.references_sha256 = [text_sha256(stream) for stream in references]
-        self.metrics = {name: get_metric(name).build(target_lang, tokenize, self.references) for name in metrics}
+        given = _with_gaps(self.references)
+        self.metrics = {name: get_metric(name).build(target_lang, tokenize, given) for name in metrics}
         for metric in self.metrics.values():
             _remember(metric)
 
@@ -268,6 +269,19 @@ def sentence_statistics(metric: Any, hypotheses: Sequence[str]) -> np.ndarray:
     import numpy as np
 
     return np.asarray(metric._extract_corpus_statistics(list(hypotheses), None), dtype=np.float64)
+
+
+def _with_gaps(references: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """The streams with None where a segment has no text in one of them but in another.
+
+    sacreBLEU passes over None (`nrefs:var`). An empty text it takes for a reference of no words, as long as a short
+    hypothesis likes: BLEU's brevity penalty and TER's mean length would go by it.
+    """
+    rows = [
+        [text if text.strip() else None for text in texts] if any(text.strip() for text in texts) else list(texts)
+        for texts in zip(*references, strict=True)
+    ]
+    return [list(stream) for stream in zip(*rows, strict=True)]
 
 
 def _remember(metric: Any) -> None:

@@ -123,13 +123,13 @@ def paired_test(
             base = found[baseline].score
             row = _row(baseline, system, float(result.score), sampled[system], float(base), sampled[baseline])
             # Ours is 1 where nothing differs, and sacreBLEU's otherwise.
-            if row["p_value"] is not None and (row["delta"] or row["delta_low"] or row["delta_high"]):
+            if row["p_value"] is not None and not nothing_differs(row):
                 row["p_value"] = float(result.p_value)
             if method == "ar":
                 row["p_two_sided"] = row["p_value"]  # it counts both tails as it is
             extra = {"mean": float(result.mean), "ci": float(result.ci), "signature": str(signatures[title])}
             metric_rows.append({"metric": name, "higher_is_better": get_metric(name).higher_is_better} | row | extra)
-        rows += _add_holm(metric_rows)
+        rows += _add_holm(_without_a_sample(metric_rows, [len(scorer.references[0])]))
     return rows
 
 
@@ -195,7 +195,7 @@ def joint_test(
             row = _row(baseline, system, mean, sampled[system], base, sampled[baseline])
             extra = {"higher_is_better": get_metric(name).higher_is_better}
             metric_rows.append({"metric": name} | extra | row | {"corpora": parts})
-        rows += _add_holm(metric_rows)
+        rows += _add_holm(_without_a_sample(metric_rows, [len(scorer.references[0]) for scorer in scorers]))
     return rows
 
 
@@ -277,9 +277,10 @@ def mean_difference_test(
         for name in names:
             sampled[name][rows] += (counts @ arrays[index][name]) / sizes[index] / len(values)
     observed = {name: float(np.mean([corpus[name].mean() for corpus in arrays])) for name in names}
-    return _add_holm(
-        [_row(baseline, name, observed[name], sampled[name], observed[baseline], sampled[baseline]) for name in names]
-    )
+    found = [
+        _row(baseline, name, observed[name], sampled[name], observed[baseline], sampled[baseline]) for name in names
+    ]
+    return _add_holm(_without_a_sample(found, sizes))
 
 
 def _scorers_and_groups(corpora: Sequence[Corpus], metrics: Sequence[str]) -> tuple[list[Scorer], list[str]]:
@@ -334,6 +335,18 @@ def _row(
     delta = score - base_score
     row |= {"delta": delta, "delta_low": low, "delta_high": high}
     return row | {"p_value": sacrebleu_p(deltas, delta), "p_two_sided": two_sided_p(deltas, delta)}
+
+
+def _without_a_sample(rows: list[dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows, with p = 1 where every corpus is one sentence: all resamples are then the same, and prove nothing."""
+    if max(sizes) > 1:
+        return rows
+    return [row | {key: None if row[key] is None else 1.0 for key in ("p_value", "p_two_sided")} for row in rows]
+
+
+def nothing_differs(row: Mapping[str, Any]) -> bool:
+    """Whether neither the observed difference from the baseline nor its interval leaves zero."""
+    return not (row["delta"] or row["delta_low"] or row["delta_high"])
 
 
 def _add_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
