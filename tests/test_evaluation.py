@@ -243,6 +243,39 @@ def test_what_changed_is_evaluated_again(tmp_path: Path, what: str) -> None:
     assert run.evaluate() == second == json.loads(run.folder.comparison.read_text())
 
 
+@pytest.mark.parametrize("damage", ["{broken", "[]", ""])
+def test_a_damaged_comparison_is_made_anew(tmp_path: Path, damage: str) -> None:
+    run = Run(tmp_path)
+    run.write()
+    first = run.evaluate()
+    run.folder.comparison.write_text(damage)
+    assert run.evaluate() == first == json.loads(run.folder.comparison.read_text())
+
+
+def test_scores_of_other_inputs_do_not_stay_beside_a_comparison(tmp_path: Path, monkeypatch: Any) -> None:
+    """Killed after the scores and before the comparison, then called with what there was at first."""
+    run = Run(tmp_path)
+    run.write()
+    first, rows = run.evaluate(), read_scores(run.folder)
+    references = list(run.test_sets[0].references[0])
+    run.test_sets[0].references[0][:] = sentences(7, "en-de")
+    with monkeypatch.context() as killed:
+        killed.setattr("convexlm.evaluation._compare", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.evaluate()
+    assert read_scores(run.folder) != rows
+    run.test_sets[0].references[0][:] = references
+    assert run.evaluate() == first
+    assert read_scores(run.folder) == rows
+
+
+def test_equal_outputs_have_a_p_of_one_in_every_test(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write({(arm, search): 0.5 for arm in ("mle", "good") for search in ("greedy", "beam2")})
+    rows = [row for row in run.evaluate()["paired"] if row["system"] == "good"]
+    assert rows and all((row["delta"], row["p_two_sided"], row["p_ar"]) == (0.0, 1.0, 1.0) for row in rows)
+
+
 def test_one_arm_is_scored_without_a_comparison(tmp_path: Path) -> None:
     run = Run(tmp_path, ("en-de", "en-zh"), arms={"only": {"objective": "mle"}})
     run.write({("only", "greedy"): 0.6, ("only", "beam2"): 0.1})

@@ -76,6 +76,23 @@ def test_a_mistake_is_told_before_the_folder_is_begun(tmp_path: Path, changes: d
     assert said in complaint(tmp_path, load(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("pair", "metrics", "said"),
+    [
+        ("en-cmn", ["bleu"], "test set `t`, en-cmn: unknown language code `cmn`"),
+        ("en-zh", ["bleu", "rouge1"], "test set `t`, en-zh: ROUGE: rouge-score keeps only"),
+    ],
+)
+def test_what_cannot_be_scored_is_told_before_training(tmp_path: Path, pair: str, metrics: Any, said: str) -> None:
+    (tmp_path / "s").write_text("a dog\na cat\n")
+    (tmp_path / "r").write_text("一只狗\n一只猫\n", encoding="utf-8")
+    files = {"sources": str(tmp_path / "s"), "references": str(tmp_path / "r")}
+    recipe = load(tmp_path, test_sets=[{"name": "t", "pairs": [pair], **files}], score={"metrics": metrics})
+    with pytest.raises(UserError) as error:
+        run_recipe(recipe, tmp_path / "run")
+    assert said in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_steps_are_told_from_the_records_where_it_is_certain(tmp_path: Path) -> None:
     # 80 records in batches of 8, 3 epochs: 30 steps, or fewer where records are dropped.
     steps = {"train__save_steps": 4}

@@ -109,6 +109,9 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
         ),
         ({"decode__backend": "vllm", "decode__searches": [{"num_beams": 2}]}, "decode.searches: the vllm backend"),
         ({"decode__instruction": "x", "decode__instruction_file": "y"}, "not both"),
+        ({"decode__instruction": 5}, "`decode.instruction` must be a text, not 5"),
+        # Its folder would be that of arm `mle` under seed 2, and a report would take one for the other.
+        ({"arms__mle.seed2": {"objective": "mle"}}, "arm `mle.seed2`: that is what arm `mle` is called"),
         ({"data__template": "alpacca"}, "`data.template`: unknown template `alpacca`"),
         ({"score__metrics": ["blue"]}, "`score.metrics`: unknown metric `blue`"),
         ({"score__metrics": "bleu"}, "`score.metrics` must be a list"),

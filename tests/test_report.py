@@ -354,6 +354,17 @@ def test_eight_thousand_sentences_stay_under_three_megabytes(tmp_path: Path) -> 
     assert write_report(run).stat().st_size < 3_000_000
 
 
+@pytest.mark.parametrize("what", ["hypotheses", "references"])
+def test_sentences_that_are_not_those_of_the_scores_are_refused(copy: Path, what: str) -> None:
+    path = copy / "data" / "references.jsonl"
+    if what == "hypotheses":
+        path = next(copy.glob("decode/mle.seed1/checkpoint-200/toy.en-de.greedy.jsonl"))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("Haus", "Boot"), encoding="utf-8")
+    with pytest.raises(UserError, match="has changed since it was scored"):
+        write_report(copy)
+
+
 def test_references_of_another_length_are_refused(copy: Path) -> None:
     path = copy / "data/references.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convexlm.comet import imported_rows
-from convexlm.files import file_sha256, json_sha256, read_jsonl, text_sha256, write_atomic, write_jsonl
+from convexlm.errors import UserError
+from convexlm.files import (
+    file_sha256,
+    json_sha256,
+    read_json_object,
+    read_jsonl,
+    text_sha256,
+    write_atomic,
+    write_jsonl,
+)
 from convexlm.randomization import randomization_p
 from convexlm.reference_nll import reference_nll
 from convexlm.scoring import Scorer
 from convexlm.segments import read_hypotheses
-from convexlm.significance import Corpus, joint_test, mean_difference_test, paired_test
+from convexlm.significance import Corpus, joint_test, mean_difference_test, nothing_differs, paired_test
 from convexlm.sweep import candidate_checkpoints, chosen_checkpoints, read_instruction
 
 if TYPE_CHECKING:
@@ -90,18 +99,36 @@ def evaluate(
             ],
         ]
     )
-    if folder.comparison.exists() and folder.scores.exists():
-        known = json.loads(folder.comparison.read_text(encoding="utf-8"))
-        if known.get("inputs") == inputs:
-            return known
+    if known := _known(folder, inputs):
+        return known
     rows = _score_rows(decoded)
     write_jsonl(folder.scores, [*rows, *imported_rows(folder.scores, rows)])
     nll = reference_nll(recipe, folder, test_sets)
-    comparison = {"schema": SCHEMA, "inputs": inputs, **_compare(recipe, decoded, chosen, nll)}
+    comparison = {"schema": SCHEMA, "inputs": inputs, "scores_sha256": _own_sha256(folder)}
+    comparison |= _compare(recipe, decoded, chosen, nll)
     if whole := _whole_distributions(folder, decoded, chosen, read_instruction(recipe)):
         comparison["distributions"] = whole
     write_atomic(folder.comparison, json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
     return comparison
+
+
+def _known(folder: RunFolder, inputs: str) -> dict[str, Any] | None:
+    """The comparison of the same inputs, where it and the scores are still as they were written."""
+    if not folder.comparison.exists() or not folder.scores.exists():
+        return None
+    try:
+        known = read_json_object(folder.comparison)
+    except UserError:  # damaged: made anew
+        return None
+    if known.get("inputs") != inputs:
+        return None
+    # A run that was killed may have left the scores of other inputs. Earlier versions kept no hash.
+    return known if known.get("scores_sha256") in (None, _own_sha256(folder)) else None
+
+
+def _own_sha256(folder: RunFolder) -> str:
+    """The hash of the scores without the imported ones, which may be added later."""
+    return json_sha256([row for row in read_scores(folder) if not row.get("imported")])
 
 
 def _read(
@@ -343,7 +370,12 @@ def _paired(
     rows = paired_test(systems, references, lang, metrics, n_samples=n_samples, seed=seed, scorer=entry.scorer)
     randomized = randomization_p(systems, entry.scorer, metrics, n_trials=n_samples, seed=seed)
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
-    return [about | row | {"p_ar": randomized.get((row["metric"], row["system"]))} for row in rows]
+    for row in rows:
+        row["p_ar"] = randomized.get((row["metric"], row["system"]))
+        # sacreBLEU gives its smallest p where no shuffle differs from the observed difference of nothing.
+        if row["p_ar"] is not None and (nothing_differs(row) or len(references[0]) == 1):
+            row["p_ar"] = 1.0
+    return [about | row for row in rows]
 
 
 def _without_sampling(recipe: Recipe, searches: list[str]) -> list[str]:

@@ -19,7 +19,14 @@ from convexlm.checkpoints import all_checkpoints
 from convexlm.errors import UserError
 from convexlm.files import write_atomic
 from convexlm.launch.settings import started_processes
-from convexlm.preflight import check_apart, check_files, check_trainings, load_test_sets, load_validation_sets
+from convexlm.preflight import (
+    check_apart,
+    check_files,
+    check_scoring,
+    check_trainings,
+    load_test_sets,
+    load_validation_sets,
+)
 from convexlm.progress import note
 from convexlm.recipe import DATA_OPTIONS, is_whole
 from convexlm.run_data import dataset_of, prepare_data, write_references
@@ -67,6 +74,8 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
             get_backend(backend)().check_installed()
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)
+    if not known:
+        check_scoring(recipe, [*test_sets, *validation_sets])
     with folder.lock():
         runs, hashes = trained_runs(recipe), InputHashes()
         _check_all_begun(recipe, folder, runs, hashes)  # before the folder takes what the recipe has got more

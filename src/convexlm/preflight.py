@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
+from convexlm.scoring import Scorer
 from convexlm.sweep import read_instruction
+from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
 from convexlm.testsets import TestSet, load_test_set
 
 if TYPE_CHECKING:
@@ -60,6 +62,22 @@ def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]
                     f"validation set `{one.name}`, {one.pair}: {shared} of its {len(one.sources)} sentence pairs are "
                     f"in the test set `{test.name}`; name another, or say `selection: test`"
                 )
+
+
+def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
+    """Make every scorer, and fill every instruction, that the sets will need, for a mistake would cost the training.
+
+    Raises:
+        UserError: a tokenizer or a metric's library is missing, a metric cannot take the language, or a language has
+            no name for the instruction.
+    """
+    instruction = read_instruction(recipe)
+    for one in sets:
+        try:
+            fill_instruction(TRANSLATION_INSTRUCTION if instruction is None else instruction, one.pair)
+            Scorer(one.references, one.pair.split("-")[1], recipe.metrics)
+        except UserError as error:
+            raise UserError(f"test set `{one.name}`, {one.pair}: {error}") from None
 
 
 def check_files(recipe: Recipe) -> dict[str, int]:

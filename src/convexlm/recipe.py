@@ -235,6 +235,8 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
         if "objective" not in options:
             raise wrong(f"arm `{name}`: `objective` is missing; give mle, convex, power, ...")
         _check_objective(options, name, wrong)
+        if (seeded := re.fullmatch(r"(.+)\.seed\d+", name)) and seeded[1] in arms:
+            raise wrong(f"arm `{name}`: that is what arm `{seeded[1]}` is called with another seed; name it otherwise")
         made.append(Arm(name, options, start, entry.get("decode", True), entry.get("dataset")))
     return tuple(made)
 
@@ -354,6 +356,9 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
     for key in ("batch_size", "num_processes"):
         if decode.get(key) is not None and not is_whole(decode[key], 1):
             raise wrong(f"`decode.{key}` must be a whole number of at least 1, not {decode[key]!r}")
+    for key in ("instruction", "instruction_file", "dtype", "device", "compute_type"):
+        if decode.get(key) is not None and not isinstance(decode[key], str):
+            raise wrong(f"`decode.{key}` must be a text, not {decode[key]!r}")
     if decode.get("instruction") and decode.get("instruction_file"):
         raise wrong("give `decode.instruction` or `decode.instruction_file`, not both")
     return decode

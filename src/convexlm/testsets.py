@@ -147,6 +147,8 @@ def _find_loader(spec: Mapping[str, Any], name: str) -> Loader:
     kind = spec.get("kind") or ("files" if "sources" in spec else None)
     if kind is None:
         raise UserError(f"test set `{name}`: give `sources:` (files) or `kind:` ({', '.join(known_kinds())})")
+    if not isinstance(kind, str):
+        raise UserError(f"test set `{name}`: `kind` must be a name such as files, not {kind!r}")
     if kind not in _KINDS and kind in _LAZY_KINDS:
         importlib.import_module(_LAZY_KINDS[kind])
     if kind not in _KINDS:

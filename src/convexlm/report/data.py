@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
@@ -56,6 +57,16 @@ class RunData:
     def several_seeds(self) -> bool:
         """Whether every arm was trained more than once."""
         return len(self.comparison["seeds"]) > 1
+
+    @cached_property
+    def scored_hashes(self) -> dict[tuple[Any, ...], tuple[str, list[str]]]:
+        """Hashes of what was scored, hypotheses and references, by arm, seed, checkpoint, set, pair and search."""
+        keys = ("arm", "seed", "checkpoint", "test_set", "pair", "search")
+        return {
+            tuple(row.get(key) for key in keys): (row["hypotheses_sha256"], row["references_sha256"])
+            for row in self.scores
+            if row.get("hypotheses_sha256") and row.get("references_sha256") and not row.get("imported")
+        }
 
     def style(self, arm: str) -> str:
         """The CSS class that gives an arm its colour: `arm0` is the baseline's."""

@@ -11,14 +11,16 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import read_jsonl
+from convexlm.files import read_jsonl, text_sha256
 from convexlm.report.data import read_references
 from convexlm.report.text import script_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from convexlm.report.data import RunData
+    from convexlm.runs import TrainedRun
 
 ROOM = 2_300_000  # bytes of JSON on the page
 MAX_TEXT = 4_000  # characters of one text; what is cut is counted behind it
@@ -73,7 +75,8 @@ def read_sentences(run: RunData, room: int = ROOM) -> Book:
     """Read the decode files at the checkpoints that were compared, as many sentences as fit into `room` bytes.
 
     Raises:
-        UserError: a decode file has another number of sentences or other sources than the comparison or its fellows.
+        UserError: a decode file has another number of sentences or other sources than the comparison or its fellows,
+            or it or the references are not what was scored.
     """
     references = read_references(run)
     items: list[Item] = []
@@ -125,7 +128,29 @@ def _read_corpus(
                     )
                 for item, row in zip(items, rows, strict=True):
                     _add_hypothesis(item, row, str(path))
+                _check_scored(run, one, corpus, str(search), path, rows, streams)
     return items
+
+
+def _check_scored(
+    run: RunData,
+    one: TrainedRun,
+    corpus: dict[str, Any],
+    search: str,
+    path: Path,
+    rows: list[dict[str, Any]],
+    streams: Sequence[Sequence[str]],
+) -> None:
+    """See that a decode file and its references are those of the scores, or the page would show other sentences."""
+    place = (one.arm, one.seed, run.checkpoint(one), corpus["test_set"], corpus["pair"], search)
+    scored = run.scored_hashes.get(place)
+    if scored is None:
+        return
+    again = "has changed since it was scored; run the recipe again"
+    if text_sha256(str(row.get("hypothesis", "")).replace("\n", " ") for row in rows) != scored[0]:
+        raise UserError(f"{path}: {again}")
+    if streams and [text_sha256(stream) for stream in streams] != scored[1]:
+        raise UserError(f"{run.folder.references}, {corpus['test_set']} {corpus['pair']}: {again}")
 
 
 def _item(index: int, row: dict[str, Any], cells: list[int]) -> Item:
