@@ -45,6 +45,19 @@ def test_a_bad_weight_is_refused_with_its_record(tmp_path, bad, packing):
         make(tmp_path, data, packing=packing)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_of_a_dataset_with_a_format_of_its_own(tmp_path, kind, packing):
+    data = Dataset.from_list(rows(8, weights=True))
+    settings = {"per_device_train_batch_size": 2, "packing": packing, "max_steps": 2}
+    wanted = trained(tmp_path / "a", data, **settings)
+    got = trained(tmp_path / "b", data.with_format(kind), **settings)
+    assert_same_weights(got, wanted, rtol=0, atol=0)
+    packed = {"skip_prepare_dataset": True}  # and one that is packed already
+    again = trained(tmp_path / "c", wanted.train_dataset.with_format(kind), dataset_kwargs=packed, **settings)
+    assert_same_weights(again, wanted, rtol=0, atol=0)
+
+
 def test_a_weight_that_is_no_number_for_a_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train dataset, record 0: a record's `weight` must be a number, not 'heavy'"):
         make(tmp_path, [{**row, "weight": "heavy"} for row in rows(4)])
@@ -61,6 +74,20 @@ def test_a_collator_of_ones_own_does_not_lose_the_weights_of_data_that_come_late
         with pytest.raises(ValueError, match="dataset has a column `weight`, which only a"):
             use(weighted)
         use(weighted.remove_columns("weight"))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_rows_that_are_packed_already_are_not_packed_again(tmp_path, strategy, weights):
+    data = rows(12, weights=weights)
+    trainer = make(tmp_path, rows(4), eval_data=data, packing=True, packing_strategy=strategy, max_length=30,
+                   objective="dft", per_device_eval_batch_size=2)  # fmt: skip
+    wanted = trainer.evaluate()
+    # Of a dict TRL prepares each dataset twice.
+    for given, prefix in (({"own": Dataset.from_list(data)}, "eval_own"), (trainer.eval_dataset, "eval")):
+        got = trainer.evaluate(given)
+        for name in STATISTICS:
+            assert got[f"{prefix}_{name}"] == pytest.approx(wanted[f"eval_{name}"], rel=1e-6), name
 
 
 WEIGHTLESS = [{**row, "weight": 0.0} for row in rows(6)]

@@ -103,13 +103,14 @@ def sequences_of(batch: dict[str, Any]) -> torch.Tensor | None:
 
 
 def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
-    weight = example.get("weight")
-    if isinstance(weight, (list, tuple)):  # a packed row carries one number a token
+    weight: Any = example.get("weight")
+    # A packed row carries one number a token, in an array where the dataset has a format of its own.
+    if isinstance(weight, (list, tuple)) or getattr(weight, "ndim", 0) == 1:
         if len(weight) != length:
             raise ValueError(
                 f"`weight` is a list of {len(weight)} numbers for {length} tokens; give one number a record"
             )
-        return torch.tensor(weight, dtype=torch.float32)
+        return torch.as_tensor(weight, dtype=torch.float32)
     return torch.full((length,), weight_of(weight), dtype=torch.float32)
 
 

@@ -27,7 +27,7 @@ def check_record_weights(dataset: Any, name: str) -> None:
         return
     number, any_weighs = 0, False
     # In pieces, so that memory does not grow with the dataset.
-    for batch in dataset.select_columns("weight").iter(_BATCH):
+    for batch in dataset.select_columns("weight").with_format(None).iter(_BATCH):
         for weight in batch["weight"]:
             if isinstance(weight, list):
                 return

@@ -22,7 +22,7 @@ from trl import SFTTrainer, pack_dataset
 
 from convexlm.accelerate_environment import leave_the_environment
 from convexlm.adapters import regularised_in_parts
-from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of, weight_of
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
@@ -134,9 +134,14 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             args = copy.copy(args)
             args.max_length = self._lifted_max_length
         check_record_weights(dataset, f"{dataset_name} dataset")
-        has_weights = "weight" in columns_of(dataset)
+        columns = columns_of(dataset)
+        if packing and "seq_lengths" in columns:
+            # Packed already: from `evaluate(trainer.eval_dataset)`, or by TRL, which prepares each of a dict twice.
+            # Its rows would be packed as if they were records.
+            return dataset
+        has_weights = "weight" in columns
         before = len(dataset) if isinstance(dataset, Dataset) else None
-        named = isinstance(dataset, Dataset) and RECORD in columns_of(dataset) and dataset_name == "train"
+        named = isinstance(dataset, Dataset) and RECORD in columns and dataset_name == "train"
         if packing and (has_weights or named):
             dataset = self._prepare_packed(dataset, processing_class, args, formatting_func, dataset_name, named)
         else:
@@ -172,7 +177,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             made: dict[str, list[Any]] = {}
             if has_weights:
                 weight = example["weight"]
-                made["_weight"] = [1.0 if weight is None else float(weight)] * length
+                # A list: a row that is wrapped already, which comes out as it was.
+                made["_weight"] = weight if isinstance(weight, list) else [weight_of(weight)] * length
             if named:
                 made["_record"] = [number] * length
             return made
