@@ -127,8 +127,9 @@ def _known(folder: RunFolder, inputs: str) -> dict[str, Any] | None:
 
 
 def _own_sha256(folder: RunFolder) -> str:
-    """The hash of the scores without the imported ones, which may be added later."""
-    return json_sha256([row for row in read_scores(folder) if not row.get("imported")])
+    """The hash of the scores without the imported ones, which may be added later, and without seconds of decoding."""
+    own = [row for row in read_scores(folder) if not row.get("imported")]
+    return json_sha256([{key: value for key, value in row.items() if key != "decoding"} for row in own])
 
 
 def _read(
