@@ -16,6 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
 
+import adopt as adopt_module  # noqa: E402
 import figure  # noqa: E402
 import figure_kinds  # noqa: E402
 import filter_data  # noqa: E402
@@ -141,6 +142,38 @@ def test_the_made_recipes_are_recipes(tmp_path: Path) -> None:
     assert final.selection["on"] == "validation" and len(final.test_sets) == 3
     assert final.model["model_name_or_path"] == "BASE" and not final.model["config"]
     assert len({arm.train["max_steps"] for arm in final.arms}) == 1  # arms of equal steps
+
+
+def test_what_was_tuned_counts_as_trained_in_the_final_run(tmp_path: Path) -> None:
+    from convexlm.pipeline import train_options
+    from convexlm.recipe import load_recipe
+    from convexlm.runs import RunFolder, trained_runs
+    from convexlm.training_identity import InputHashes, options_sha256
+
+    recipe, arms = run_module.RECIPES / "arms.yaml", {"mle": {"objective": "mle"}}
+    variables = {"data_dir": str(tmp_path / "DATA"), "pair": "de-en", "base": "BASE"}
+    run_module.write_yaml(tmp_path / "tune.yaml", run_module.tune_recipe(recipe, arms, [3e-4, 1e-3], variables))
+    for rate in ("0.0003", "0.001"):
+        trained = tmp_path / "tune" / "train" / f"mle.lr{rate}"
+        (trained / "checkpoint-110").mkdir(parents=True)
+        (trained / "done.json").write_text(json.dumps({"identity": "theirs", "seconds": float(rate)}))
+    chosen = {"mle": {"learning_rate": 1e-3}}
+    final, run_dir = tmp_path / "final.yaml", tmp_path / "final"
+    run_module.write_yaml(final, run_module.final_recipe(recipe, arms, chosen, 1, variables))
+    assert adopt_module.adopt(final, run_dir, tmp_path / "tune", {"mle": 1e-3}) == ["mle"]
+    assert (run_dir / "train" / "mle" / "checkpoint-110").is_dir()
+    done = json.loads((run_dir / "train" / "mle" / "done.json").read_text())
+    made, folder = load_recipe(final), RunFolder(run_dir)
+    (run,) = trained_runs(made)
+    assert done == {
+        "seconds": 0.001,
+        "identity": options_sha256(train_options(made, folder, run), folder, InputHashes()),
+    }
+    assert adopt_module.adopt(final, run_dir, tmp_path / "tune", {"mle": 1e-3}) == []
+    other = {"mle": {"objective": "mle", "weight_decay": 0.5}}
+    run_module.write_yaml(final, run_module.final_recipe(recipe, other, chosen, 1, variables))
+    with pytest.raises(ValueError, match="tune/mle.lr0.001 was trained with another weight_decay"):
+        adopt_module.adopt(final, tmp_path / "other", tmp_path / "tune", {"mle": 1e-3})
 
 
 def test_rows_carry_their_settings(tmp_path: Path) -> None:

@@ -37,14 +37,14 @@ def adopt(
     from convexlm.pipeline import train_options
     from convexlm.recipe import load_recipe
     from convexlm.runs import RunFolder, trained_runs
-    from convexlm.training_identity import options_sha256
+    from convexlm.training_identity import InputHashes, options_sha256
 
     recipe, folder = load_recipe(recipe_file, overrides), RunFolder(run_dir)
     theirs = load_recipe(tuned.with_suffix(".yaml"), overrides)
     sources = {run.arm: run for run in trained_runs(theirs)}
     run_dir.mkdir(parents=True, exist_ok=True)
     folder.claim(recipe)
-    copied = []
+    copied, hashes = [], InputHashes()
     for run in trained_runs(recipe):
         target = folder.train(run)
         if (target / "done.json").exists():
@@ -57,7 +57,7 @@ def adopt(
         staging = target.with_name(f".{target.name}")
         shutil.copytree(RunFolder(tuned).train(source), staging, dirs_exist_ok=True)
         done = json.loads((staging / "done.json").read_text(encoding="utf-8"))
-        done["identity"] = options_sha256(options, folder)
+        done["identity"] = options_sha256(options, folder, hashes)
         (staging / "done.json").write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         staging.rename(target)
         copied.append(run.arm)
