@@ -133,9 +133,11 @@ def test_equal_values_are_one_part(tmp_path: Path) -> None:
     run = Run(tmp_path, seeds=[1])
     run.write()
     run.evaluate()
-    from convexlm.evaluation import _read
+    from convexlm.decoded import read_decoded
 
-    decoded = _read(run.recipe, run.folder, run.runs, run.test_sets, {r.name: "checkpoint-12" for r in run.runs})
+    decoded = read_decoded(
+        run.recipe, run.folder, run.runs, run.test_sets, {r.name: "checkpoint-12" for r in run.runs}
+    )
     final = [entry for entry in decoded if entry.checkpoint == "checkpoint-12"]
     rows = scores_in_parts(final, ["mle"], ["greedy"], ["bleu"], lambda _: np.ones(SIZE))
     assert [(row["bucket"], row["num_sentences"], row["metric"]) for row in rows] == [(0, SIZE, "bleu")]

@@ -12,7 +12,7 @@ from convexlm.scoring import sentence_statistics
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from convexlm.evaluation import Decoded
+    from convexlm.decoded import Decoded
 
 REPEATED = 4  # tokens of a run that is repeated at once
 UNSPACED = ("ja", "th", "zh")  # languages whose texts have no blanks between words
@@ -40,7 +40,7 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
         the metrics), `repetition_rate` (share of outputs that `repeats`), `cut_rate` (share that ran into
         `max_new_tokens`), `seconds_per_sentence` (of decoding; the last two None where a decode file does not say).
     """
-    from convexlm.evaluation import read_meta
+    from convexlm.decoded import read_meta
 
     rows = []
     for search in searches:
@@ -90,7 +90,7 @@ def checkpoint_scores(
         One row an arm, seed, role, search, metric and checkpoint: `score` (mean over sets), `low`, `high` (95 %, a
         bootstrap over sentences).
     """
-    from convexlm.evaluation import make_corpus
+    from convexlm.decoded import make_corpus
     from convexlm.significance import score_intervals
 
     groups: dict[tuple[str, int, str, str], dict[tuple[str, str], dict[str, Decoded]]] = {}

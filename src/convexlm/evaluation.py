@@ -8,10 +8,10 @@ every direction and seed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convexlm.comet import imported_rows
+from convexlm.decoded import make_corpus, read_decoded, read_meta
 from convexlm.errors import UserError
 from convexlm.files import (
     file_sha256,
@@ -24,17 +24,15 @@ from convexlm.files import (
 )
 from convexlm.randomization import randomization_p
 from convexlm.reference_nll import reference_nll
-from convexlm.scoring import Scorer
-from convexlm.segments import read_hypotheses
-from convexlm.significance import Corpus, joint_test, mean_difference_test, nothing_differs, paired_test
-from convexlm.sweep import candidate_checkpoints, chosen_checkpoints, read_instruction
+from convexlm.significance import joint_test, mean_difference_test, nothing_differs, paired_test
+from convexlm.sweep import chosen_checkpoints, read_instruction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import numpy as np
 
+    from convexlm.decoded import Decoded
     from convexlm.recipe import Recipe
     from convexlm.reference_nll import ReferenceNll
     from convexlm.runs import RunFolder, TrainedRun
@@ -43,25 +41,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 CONTENT = 2  # raised when a comparison has more to it, so that older ones are made anew
 MEASURES = {"mode_share": "is_mode", "valid_share": "is_valid"}  # of tinyworld, where the truth is known
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One decode file, and what it holds."""
-
-    run: TrainedRun
-    checkpoint: str
-    test_set: TestSet
-    search: str
-    path: Path
-    hypotheses: list[str]
-    scorer: Scorer  # one for all decode files of a test set: every sentence is counted once
-    role: str = "test"  # or "validation"
-
-    @property
-    def target_lang(self) -> str:
-        """The language code that is translated into."""
-        return self.test_set.pair.split("-")[1]
 
 
 def evaluate(
@@ -81,9 +60,9 @@ def evaluate(
         on tinyworld also `distributions`, what each checkpoint gives to all translations.
     """
     chosen = chosen_checkpoints(recipe, folder, runs, test_sets, validation_sets)
-    decoded = _read(recipe, folder, runs, test_sets, chosen)
+    decoded = read_decoded(recipe, folder, runs, test_sets, chosen)
     if validation_sets:
-        decoded += _read(recipe, folder, runs, validation_sets, chosen, role="validation")
+        decoded += read_decoded(recipe, folder, runs, validation_sets, chosen, role="validation")
     inputs = json_sha256(
         [
             SCHEMA,
@@ -132,34 +111,6 @@ def _own_sha256(folder: RunFolder) -> str:
     return json_sha256([{key: value for key, value in row.items() if key != "decoding"} for row in own])
 
 
-def _read(
-    recipe: Recipe,
-    folder: RunFolder,
-    runs: Sequence[TrainedRun],
-    sets: Sequence[TestSet],
-    chosen: dict[str, str],
-    role: str = "test",
-) -> list[Decoded]:
-    """The decode files that there must be: under `selection: validation`, test sets have the chosen checkpoints'."""
-    from convexlm.decoding import Search
-
-    searches = [Search.from_mapping(options).name for options in recipe.decode["searches"]]
-    if role == "validation":
-        searches = [recipe.selection["search"]]
-    only_chosen = role == "test" and recipe.selection["on"] == "validation"
-    scorers = [Scorer(one.references, one.pair.split("-")[1], recipe.metrics) for one in sets]
-    found = []
-    for run, checkpoint in candidate_checkpoints(recipe, folder, runs):
-        if only_chosen and checkpoint.name != chosen[run.name]:
-            continue
-        for test_set, scorer in zip(sets, scorers, strict=True):
-            for search in searches:
-                path = folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search)
-                lines = read_hypotheses(path)
-                found.append(Decoded(run, checkpoint.name, test_set, search, path, lines, scorer, role))
-    return found
-
-
 def _score_rows(decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
     rows = []
     for entry in decoded:
@@ -183,12 +134,6 @@ def _score_rows(decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
                 | {"num_sentences": len(values)}
             )
     return rows
-
-
-def read_meta(entry: Decoded) -> dict[str, Any]:
-    """The record beside a decode file."""
-    meta: dict[str, Any] = json.loads(entry.path.with_suffix(".meta.json").read_text(encoding="utf-8"))
-    return meta
 
 
 def _truth(entry: Decoded) -> dict[str, list[float]]:
@@ -280,19 +225,6 @@ def _by_corpus(entries: Sequence[Decoded]) -> list[dict[str, Decoded]]:
     for entry in entries:
         groups.setdefault((entry.test_set.name, entry.test_set.pair, entry.run.seed), {})[entry.run.arm] = entry
     return list(groups.values())
-
-
-def make_corpus(systems: dict[str, Decoded]) -> Corpus:
-    """Decode files of one test set and seed, by system, as a corpus for a test."""
-    entry = next(iter(systems.values()))
-    return Corpus(
-        name=f"{entry.test_set.name} {entry.test_set.pair}, seed {entry.run.seed}",
-        target_lang=entry.target_lang,
-        systems={name: decoded.hypotheses for name, decoded in systems.items()},
-        references=entry.test_set.references,
-        group=f"{entry.test_set.name} {entry.test_set.pair}",
-        scorer=entry.scorer,
-    )
 
 
 def _scores_of(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from convexlm.evaluation import Decoded
+    from convexlm.decoded import Decoded
 
 BUCKETS = 4
 
