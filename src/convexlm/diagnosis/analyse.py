@@ -22,10 +22,11 @@ import torch
 
 from convexlm.diagnosis.judged import describe_judged, wrong_share
 from convexlm.diagnosis.optimum import exact_optimum, k_for_update_ratio
+from convexlm.objective_slope import check_slope
 from convexlm.objectives import Mle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from convexlm.objectives import Objective
 
@@ -91,7 +92,7 @@ def analyse(sample: Sample, objectives: Sequence[tuple[str, Objective]]) -> dict
     """Statistics of the data (`data`), and of every labelled objective (`objectives`, in order). JSON-ready.
 
     Raises:
-        ValueError: an objective of level token, and no log-probabilities of tokens.
+        ValueError: as `analyse_objective`.
     """
     return {
         "data": describe_data(sample),
@@ -118,7 +119,13 @@ def describe_data(sample: Sample) -> dict[str, Any]:
 
 
 def analyse_objective(sample: Sample, objective: Objective) -> dict[str, Any]:
-    """What one objective would do with the data; see the module for the words."""
+    """What one objective would do with the data; see the module for the words.
+
+    Raises:
+        ValueError: one of level token, and no log-probabilities of tokens; or one of a user's own whose weight is not
+            minus the slope of its value, or negative or no number somewhere.
+    """
+    check_slope(objective)
     weights, units, repeats = record_weights(sample, objective)
     used = sample.weights > 0
     amounts = amounts_of(sample, objective.length_weighting)
@@ -196,11 +203,12 @@ def record_weights(sample: Sample, objective: Objective) -> tuple[np.ndarray, np
     """
     if objective.level != "token":
         lengths = torch.from_numpy(np.asarray(sample.lengths, dtype=np.float64))
-        weights = _apply(objective.for_lengths(lengths).mixed_weight, sample.m)
+        weights = _weights_at(objective.for_lengths(lengths), sample.m)
         return weights, weights, sample.weights
     if sample.log_probs is None:
         raise ValueError("an objective of level token needs the log-probabilities of the tokens")
-    units = _apply(objective.mixed_weight, sample.log_probs.astype(np.float64))
+    log_probs = sample.log_probs.astype(np.float64)
+    units = _weights_at(objective.for_lengths(torch.ones(len(log_probs), dtype=torch.float64)), log_probs)
     return sample.per_record(units), units, sample.weights[sample.owners]
 
 
@@ -245,8 +253,13 @@ def compare(before: Sample, after: Sample) -> dict[str, Any]:
     }
 
 
-def _apply(function: Callable[[torch.Tensor], torch.Tensor], values: np.ndarray) -> np.ndarray:
-    return function(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))).numpy()
+def _weights_at(objective: Objective, m: np.ndarray) -> np.ndarray:
+    found = objective.mixed_weight(torch.from_numpy(np.ascontiguousarray(m, dtype=np.float64)))
+    weights: np.ndarray = found.detach().double().numpy()
+    bad = ~((weights >= 0) & (weights < np.inf))
+    if bad.any():
+        raise ValueError(f"objective `{objective.name}`: weight(m) is negative or no number at m = {m[bad][0]:.4g}")
+    return weights
 
 
 def _share(values: np.ndarray) -> np.ndarray:

@@ -66,7 +66,8 @@ def diagnose(
         JSON-ready; `measured` has every record (see `measured_records`), which the verb writes to a file of its own.
 
     Raises:
-        UserError: data, checkpoint or options cannot be used, or the two checkpoints do not take the same token ids.
+        UserError: data, checkpoint, objectives or options cannot be used, or the two checkpoints do not take the same
+            token ids.
     """
     from convexlm.decoding.checkpoint import choose_device
     from convexlm.decoding.loading import load_tokenizer
@@ -104,6 +105,10 @@ def diagnose(
     end = answer_end(tokenizer, settings)
     measured = [_measured(folder, tokenized, end, device, options, note, progress) for folder in checkpoints]
     samples = [_as_sample(one, tokenized, sample) for one, _ in measured]
+    try:
+        analysis = analyse(samples[0], objectives)
+    except ValueError as error:  # of an objective of the user's own
+        raise UserError(str(error)) from None
     result = {
         "schema": SCHEMA,
         "model": str(checkpoint),
@@ -124,7 +129,7 @@ def diagnose(
         "dtype": measured[0][1]["dtype"],
         "cached": [about["cached"] for _, about in measured],
         "end_p": _geometric_mean(measured[0][0].end_log_probs),
-        **analyse(samples[0], objectives),
+        **analysis,
     }
     if options.judged_field is not None and result["data"]["judged"] is None:
         note(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convexlm.objective_slope import check_slope
 from convexlm.objectives import Convex, Mle, Objective, Power
 from convexlm.theory.problem import Floats, Problem, as_objective, check_lengths, check_probabilities, values_at
 from convexlm.theory.solver import solve
@@ -78,7 +79,7 @@ def optimum(
     held = d > 0
     problem = Problem.of(d[held], all_lengths[held], chosen)
     if type(chosen) not in (Mle, Convex, Power):
-        problem.check_slope()
+        check_slope(chosen)
     notes = []
     if chosen.level == "token" and bool((all_lengths != 1).any()):
         notes.append("level token: candidates are taken to part at one token, what follows being certain")

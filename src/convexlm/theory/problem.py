@@ -128,15 +128,6 @@ class Problem:
         value = values_at(self.objective, log_p / self.lengths)
         return -float(math.fsum(np.exp(self.log_a) * self.lengths * value)) if np.all(value < math.inf) else -math.inf
 
-    def check_slope(self) -> None:
-        """ValueError unless `weight` is minus the slope of `value`: a user's objective may be wrong in either."""
-        m = torch.tensor([-20.0, -7.0, -3.0, -1.0, -0.3, -0.05], dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self.objective.value(m).sum(), m)
-        weight = self.objective.weight(m.detach())
-        if not torch.allclose(-slope, weight, rtol=1e-6, atol=1e-9):
-            raise ValueError(f"objective `{self.objective.name}`: weight(m) is not minus the slope of value(m)")
-
 
 def log_weight(objective: Objective, m: Floats) -> Floats:
     """Logarithm of w(m), elementwise for m in (-inf, 0]; for objectives of our own without underflow.

@@ -133,6 +133,7 @@ def _objectives(args: argparse.Namespace) -> list[tuple[str, Objective]]:
     """Every objective at every k, each with a label that says how they differ."""
     from dataclasses import fields
 
+    from convexlm.objective_slope import check_slope
     from convexlm.objectives import get_objective
 
     names = ("level", "length_weighting", "mle_mix")
@@ -148,6 +149,8 @@ def _objectives(args: argparse.Namespace) -> list[tuple[str, Objective]]:
                 made = [plain]
             else:
                 made = [get_objective(name, k=k, **settings) for k in args.k or DEFAULT_K]
+            for one in made:
+                check_slope(one)
         except ValueError as error:
             raise UserError(str(error)) from None
         for one in made:
@@ -158,7 +161,8 @@ def _objectives(args: argparse.Namespace) -> list[tuple[str, Objective]]:
 def _label(name: str, objective: Objective, has_k: bool) -> str:
     words = [name]
     if has_k and name != "dft":
-        words.append(f"k={objective.k:g}")  # type: ignore[attr-defined]
+        k = objective.k  # type: ignore[attr-defined]
+        words.append(f"k={k:g}" if float(f"{k:g}") == k else f"k={k!r}")
     if objective.level == "token" and name != "dft":
         words.append("by token")
     if objective.mle_mix:
