@@ -3,11 +3,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from typing import TYPE_CHECKING
 
 import pytest
 
+from convexlm.report.data import read_run
+from convexlm.report.findings import main_table
 from convexlm.report.svg import spread, ticks
 from convexlm.report.text import delta_text, script_json, visible
+from convexlm.tables import signed
+from report_helpers import make_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_script_json_and_visible() -> None:
@@ -41,3 +49,15 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
     assert delta_text(-0.01, "bleu") == "−0.01"
     assert delta_text(0.633, "mode_share") == "+63.3"
     assert delta_text(None, "bleu") == delta_text(math.nan, "bleu") == "–"
+    assert signed(-0.004) == signed(0.0) == "0.00" and signed(-0.004, 4) == "-0.0040"
+    assert [signed(x) for x in (-0.005001, 0.3, -math.inf)] == ["-0.01", "+0.30", "-inf"]
+
+
+def test_of_equal_scores_none_is_the_best(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", size=6, seeds=(1,), n_samples=5))
+    for row in run.comparison["table"]:
+        row["score"] = {"mle": 20.0, "convex-k1": 30.0, "convex-k3": 30.0}[row["arm"]]
+        if row["search"] == "beam5" and row["arm"] == "mle":
+            row["score"] = 40.0
+    best = {row["search"]: row["arm"] for group in main_table(run) for row in group["rows"] if row["best"]}
+    assert best == {"beam5": "mle"}

@@ -168,6 +168,16 @@ def test_a_lead_that_may_be_luck_is_called_so(files):
     assert "approximate randomization, 200 trials (intervals: bootstrap, 1000 samples)" in text
 
 
+def test_a_difference_of_nothing_has_no_sign(files):
+    """The lead of a baseline is minus the other's delta, and minus nothing is nothing."""
+    Path("near").write_text("\n".join([*GOOD[:-1], BAD[-1]]) + "\n", encoding="utf-8")
+    text = shown(compared("base=good", "x=near", "same=good", "--metrics", "bleu", "--n_samples", "100"))
+    assert "0.00   [0.00, 0.00]" in text and ", 0.00]" in text
+    assert "-0.00" not in text and "+0.00" not in text
+    text = shown(compared("base=good", "x=near", "--metrics", "bleu", "--n_samples", "100"))
+    assert "95 % interval 0.00 to +" in text
+
+
 def test_randomization_decides_where_it_was_asked_for(files, capsys):
     """One trial can only give p = 0.5 or 1, whatever a bootstrap would say."""
     words = ("--systems", "a=bad", "b=good", "--references", "ref", "--target_lang", "de", "--metrics", "bleu")

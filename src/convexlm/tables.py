@@ -20,6 +20,12 @@ TITLES = {
 SHARES = ("mode_share", "valid_share")
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign; what rounds to nothing has none."""
+    text = f"{value:+.{digits}f}"
+    return text if text.strip("+-0.") else text[1:]
+
+
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     """Print the table of a `comparison.json`, and the sentences that read it; fits 80 columns."""
     from rich import box
@@ -56,7 +62,7 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
         for gap in gaps:
             if gap["search"] == search:
                 rest = [_delta(gap), _p(gap)] if len(arms) > 1 else []
-                table.add_row(f"  {gap['arm']}", f"{gap['delta']:+.2f}", *rest)
+                table.add_row(f"  {gap['arm']}", signed(gap["delta"]), *rest)
     console.print(table)
     console.print()
     if said := selection_said(comparison):
@@ -131,7 +137,7 @@ def conclusions(comparison: dict[str, Any]) -> list[str]:
         else:
             said.append(
                 f"{search}: no arm differs from {baseline} beyond chance; nearest the top is {best['arm']}, "
-                f"{best['delta']:+.2f} {TITLES.get(metric, metric)} (p = {best['p_two_sided']:.3f})"
+                f"{signed(best['delta'])} {TITLES.get(metric, metric)} (p = {best['p_two_sided']:.3f})"
             )
     return said
 
@@ -156,7 +162,7 @@ def _value(score: float, metric: str) -> str:
 def _delta(row: dict[str, Any]) -> str:
     if row.get("delta") is None:
         return ""
-    return f"{row['delta']:+.2f} [{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"
+    return f"{signed(row['delta'])} [{signed(row['delta_low'])}, {signed(row['delta_high'])}]"
 
 
 def _p(row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.diagnosis.optimum import WANTED_RATIO
 from convexlm.diagnosis.rules import RULES
+from convexlm.tables import signed
 
 if TYPE_CHECKING:
     from convexlm.diagnosis.rules import Facts
@@ -114,10 +115,12 @@ def _objective_facts(entry: dict[str, Any], analysis: dict[str, Any]) -> Facts:
 def _compare_facts(comparison: dict[str, Any]) -> Facts:
     tenths = comparison["by_p_bar"]
     rises = [row["nll_after"] - row["nll_before"] for row in tenths]
+    rise = comparison["all"]["nll_after"] - comparison["all"]["nll_before"]
     return {
         "lowest_rise": rises[0],
         "lowest_after": tenths[0]["nll_after"],
         "tenths": len(tenths),
         "worse_tenths": sum(rise > 0.01 for rise in rises),
-        "nll_rise": comparison["all"]["nll_after"] - comparison["all"]["nll_before"],
+        "nll_rise": rise,
+        "nll_rise_said": signed(rise),
     }

@@ -282,7 +282,7 @@ RULES = (
         "forgetting",
         "compare",
         lambda f: f["worse_tenths"] >= 3 or f["nll_rise"] > 0.05,
-        "The NLL rose in {worse_tenths} of {tenths} tenths (in all by {nll_rise:+.2f} nats a token).",
+        "The NLL rose in {worse_tenths} of {tenths} tenths (in all by {nll_rise_said} nats a token).",
         "Do not read it as failure alone (a sharper model has a higher NLL); decode a test set and compare scores.",
         "Users of DFT report a plain NLL that rises while the loss falls.",
         REPORTED,

@@ -125,9 +125,9 @@ def seed_deltas(run: RunData, search: str, arm: str, metric: str) -> list[float]
 
 def _mark_best(rows: list[dict[str, Any]], metric: str) -> None:
     scored = [row for row in rows if is_number(row["scores"][metric].get("score"))]
-    if len(scored) > 1:
-        top = max(scored, key=lambda row: _sign(row["scores"][metric]) * row["scores"][metric]["score"])
-        top["best"] = True
+    values = [_sign(row["scores"][metric]) * row["scores"][metric]["score"] for row in scored]
+    if len(scored) > 1 and values.count(max(values)) == 1:  # of equals none is the best
+        scored[values.index(max(values))]["best"] = True
 
 
 def _sign(row: dict[str, Any]) -> int:

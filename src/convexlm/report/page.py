@@ -30,7 +30,7 @@ from convexlm.report.text import (
     visible,
 )
 from convexlm.significance import is_sure
-from convexlm.tables import selection_said
+from convexlm.tables import selection_said, signed
 
 if TYPE_CHECKING:
     import jinja2
@@ -92,6 +92,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["percent"] = share_text
     environment.filters["fixed"] = lambda value: f"{value:.3g}" if is_number(value) else NOTHING
     environment.filters["four"] = lambda value: f"{value:.4f}" if is_number(value) else NOTHING
+    environment.filters["signed"] = signed
     environment.globals["interval"] = interval_text
     return environment
 

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any, TypeGuard
 
-from convexlm.tables import SHARES, TITLES
+from convexlm.tables import SHARES, TITLES, signed
 
 NOTHING = "–"
 # Characters that show nothing, reorder what is around them, or cannot stand in a UTF-8 file: all but tab, line feed,
@@ -64,9 +64,7 @@ def delta_text(value: Any, metric: str) -> str:
     """A difference of scores, with its sign; shares in percentage points."""
     if not is_number(value):
         return NOTHING
-    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.2f}"
-    # What rounds to nothing has no sign.
-    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
+    return (signed(100 * value, 1) if is_share(metric) else signed(value)).replace("-", "−")
 
 
 def interval_text(row: dict[str, Any], metric: str, low: str = "delta_low", high: str = "delta_high") -> str:

@@ -123,6 +123,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
     from convexlm.scoring import get_metric
     from convexlm.significance import DEFAULT_SAMPLES, is_sure
+    from convexlm.tables import signed
 
     several = len(result["systems"]) > 2
     for metric in dict.fromkeys(row["metric"] for row in result["tests"]):
@@ -146,7 +147,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             if row["delta"] is None:
                 cells += ["baseline", "", ""]
             else:
-                cells += [f"{row['delta']:+.2f}", f"[{row['delta_low']:+.2f}, {row['delta_high']:+.2f}]"]
+                cells += [signed(row["delta"]), f"[{signed(row['delta_low'])}, {signed(row['delta_high'])}]"]
                 cells.append(_p_text(row["p_holm"]))
             style = ("bold green" if is_sure(_rival(rows, best)) else "bold") if row is best else None
             table.add_row("★" if row is best else "", escape(row["system"]), *map(escape, cells), style=style)
@@ -183,6 +184,7 @@ def _rival(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> dict[str, An
 def _verdict(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, title: str) -> str:
     """One sentence on the best system and the one it was tested against."""
     from convexlm.significance import is_sure
+    from convexlm.tables import signed
 
     if best is None:
         return f"No single system has the best {title}."
@@ -191,7 +193,7 @@ def _verdict(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, title:
     sign = (1 if best["higher_is_better"] else -1) * (1 if tested is best else -1)
     low, high = sorted((sign * tested["delta_low"], sign * tested["delta_high"]))
     p_name = "p" if len(rows) == 2 else "Holm-corrected p"
-    figures = f"{sign * tested['delta']:.2f} {title} (95 % interval {low:+.2f} to {high:+.2f}"
+    figures = f"{sign * tested['delta']:.2f} {title} (95 % interval {signed(low)} to {signed(high)}"
     figures += f", {p_name} = {_p_text(tested['p_holm'])})"
     loser = best["baseline"] if tested is best else tested["system"]
     if is_sure(tested):
