@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from convexlm.checkpoints import COMPLETE_FILE, best_checkpoint
+from convexlm.checkpoints import COMPLETE_FILE, best_checkpoint, best_step
 from convexlm.continuing import refuse_what_cannot_change
 from convexlm.errors import UserError
 from convexlm.metrics_file import read_metrics
@@ -113,6 +113,7 @@ def groups(checkpoint):
         ("full", {"per_device_train_batch_size": 8}, "(rows x accumulation x processes) was 4, not 8"),
         ("full", {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy was random, not group_by"),
         ("full", {"neftune_noise_alpha": 5}, "neftune_noise_alpha was unset, not 5"),
+        ("full", {"model_init_kwargs": '{"attention_dropout": 0.5}'}, "model_init_kwargs was unset, not {'attention_"),
         ("full", {"streaming": True}, "streaming was False, not True"),
         ("streamed", {"shuffle_buffer": 4}, "shuffle_buffer was 0, not 4"),
         ("streamed", {"dataset": "other.jsonl"}, "the data was data.jsonl, not other.jsonl"),
@@ -252,6 +253,23 @@ def test_another_clipping_of_the_gradient_is_told(trained, tmp_path, capfd):
     assert any(not torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
 
 
+def test_another_precision_is_told(trained, tmp_path, capfd):
+    run = half(trained("full"), tmp_path / "run")
+    capfd.readouterr()
+    assert train(run, "--resume", **given(bf16=True)) == 0
+    assert "  bf16 False -> True from step 2\n" in capfd.readouterr().err
+
+
+def test_how_often_is_logged_saved_and_evaluated_takes_effect(trained, tmp_path, capfd):
+    run = half(trained("full"), tmp_path / "run")
+    capfd.readouterr()
+    often = {"save_steps": 1, "logging_steps": 2, "eval_dataset": "eval.jsonl", "eval_strategy": "steps"}
+    assert train(run, "--resume", **given(**often, eval_steps=0.25)) == 0
+    assert "do not match" not in capfd.readouterr().err
+    assert [(line["step"], "loss" in line) for line in read_metrics(run)[2:]] == [(3, False), (4, True), (4, False)]
+    assert (run / "checkpoint-3").is_dir()
+
+
 def test_other_modules_to_optimize_are_refused(trained, tmp_path, capsys):
     run = half(trained("full"), tmp_path / "run")
     assert train(run, "--resume", **given(optim_target_modules=["q_proj"])) == 2
@@ -316,6 +334,32 @@ def test_the_best_checkpoint_is_found_where_the_folder_is_now(files, tmp_path, c
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
     assert train(run, "--resume", "--json", **given(**{**near, **more})) == 0
     assert json.loads(capfd.readouterr().out)["new_steps"] == 0
+
+
+def test_the_best_checkpoint_is_the_best_of_those_that_were_saved(files, tmp_path, capfd):
+    """The first evaluation is as good as any, and nothing was saved at it."""
+    run, even = tmp_path / "run", {**BEST, "eval_steps": 1, "metric_for_best_model": "num_target_tokens"}
+    assert train(run, "--json", **given(**even)) == 0
+    assert json.loads(capfd.readouterr().out)["best_checkpoint"] == str(run / "checkpoint-2")
+    lines = [{"step": step, "eval_nll": nll} for step, nll in {2: 3.0, 3: 1.0, 4: 2.0, 5: float("nan")}.items()]
+    assert best_step(lines, "nll", greater=False) == 3 == best_step(lines, "eval_nll", greater=False)
+    assert best_step(lines, "nll", False, {2, 4, 5}) == 4 and best_step(lines, "nll", True, {2, 4, 5}) == 2
+    assert best_step([*lines[3:], {"step": 6}], "nll", greater=False) is None
+
+
+def test_another_comparison_is_over_all_evaluations_and_never_over_other_data(files, tmp_path, capfd):
+    run, limit = tmp_path / "run", {**BEST, "save_total_limit": None}
+    assert train(run, "--json", **given(**limit)) == 0
+    nll = {line["step"]: line["eval_nll"] for line in read_metrics(run) if "eval_nll" in line}
+    assert json.loads(capfd.readouterr().out)["best_checkpoint"] == str(run / "checkpoint-4") and nll[4] < nll[2]
+    for steps in (4, 6):
+        other = given(**limit, max_steps=steps, greater_is_better=True)
+        assert train(run, "--resume", "--json", **other) == 0
+        assert json.loads(capfd.readouterr().out)["best_checkpoint"] == str(run / "checkpoint-2")
+    more = given(**{**limit, "eval_dataset": "data.jsonl"}, max_steps=8)
+    assert train(run, "--resume", **more) == 2
+    assert "the data to evaluate on were eval.jsonl, not data.jsonl, and --metric_for_best_model" in error(capfd)
+    assert train(run, "--resume", **{**more, "max_steps": 6}) == 0  # no step is left
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):

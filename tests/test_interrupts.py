@@ -191,6 +191,20 @@ def test_stopped_twice_and_without_any_saving_of_its_own(files, undisturbed, tmp
     assert not list(run.glob("checkpoint-*"))
 
 
+def test_what_was_saved_for_a_signal_is_never_the_best(files, tmp_path, monkeypatch, capfd):
+    """It goes when the next one is there. All evaluations are as good here, so the first that stays is the best."""
+    run = tmp_path / "run"
+    options = given(files, eval_strategy="steps", eval_steps=1, max_steps=4, metric_for_best_model="num_target_tokens",
+                    save_steps=3)  # fmt: skip
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        assert train(run, **options) == 143
+    assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2"]
+    capfd.readouterr()
+    assert train(run, "--json", "--resume", **options) == 0
+    assert json.loads(capfd.readouterr().out)["best_checkpoint"] == str(run / "checkpoint-3")
+
+
 def test_two_ctrl_c_leave_what_was_there(files, tmp_path, monkeypatch, capfd):
     run, options = tmp_path / "run", given(files)
     with monkeypatch.context() as patch:

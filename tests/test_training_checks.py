@@ -72,6 +72,7 @@ def here(files, monkeypatch):
         ({"eval_dataset": "eval.jsonl"}, "--eval_dataset without --eval_strategy"),
         ({"eval_on_start": True}, "--eval_on_start needs --eval_dataset"),
         ({"metric_for_best_model": "bleu"}, "--metric_for_best_model bleu: not measured"),
+        ({"metric_for_best_model": "nll"}, "--metric_for_best_model nll: not measured without --eval_dataset"),
         ({"dataset": "nothing.jsonl"}, "nothing.jsonl: every record has the weight 0"),
         (
             {"eval_dataset": "evalnothing.jsonl", "eval_strategy": "steps"},

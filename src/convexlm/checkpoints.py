@@ -9,6 +9,7 @@ of another size, is passed over.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.files import sync, sync_folder, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 COMPLETE_FILE = "convexlm.json"
 INVENTORY_FILE = "convexlm-files.json"  # no part of what a checkpoint answers, so not in the marker
@@ -85,14 +86,42 @@ def is_interruption(checkpoint: Path) -> bool:
     return read_inventory(checkpoint).get("interrupted") is True
 
 
-def best_checkpoint(checkpoint: Path) -> str | None:
-    """The best one (by `metric_for_best_model`) that the Trainer knew of when it saved this one; None if it is gone.
+def best_checkpoint(checkpoint: Path, metric: str | None = None, greater: bool | None = None) -> str | None:
+    """The best one that was known of when this one was saved; None if there is none, or it is gone.
 
     It lies beside this one: the Trainer keeps its path, which another working folder or a moved run makes wrong.
+
+    Args:
+        checkpoint: whose `trainer_state.json` says it.
+        metric: `metric_for_best_model`; None: whatever it was then.
+        greater: whether the greater is better.
     """
-    best = _read(checkpoint / "trainer_state.json").get("best_model_checkpoint")
-    path = checkpoint.parent / Path(best).name if isinstance(best, str) and best else None
+    state = _read(checkpoint / "trainer_state.json")
+    if metric is None:
+        best = state.get("best_model_checkpoint")
+        path = checkpoint.parent / Path(best).name if isinstance(best, str) and best else None
+    else:
+        beside = [path for path in complete_checkpoints(checkpoint.parent) if not is_interruption(path)]
+        step = best_step(state.get("log_history") or [], metric, greater, {step_of(path) for path in beside})
+        path = next((path for path in beside if step_of(path) == step), None)
     return str(path) if path is not None and path.is_dir() else None
+
+
+def best_step(
+    history: Iterable[Mapping[str, Any]], metric: str, greater: bool | None, steps: Collection[int] | None = None
+) -> int | None:
+    """The step at which an evaluation was best, the first of equal ones; None if nothing was measured.
+
+    Args:
+        history: `log_history` of the Trainer.
+        metric: what is compared, with or without `eval_`.
+        greater: whether the greater is better.
+        steps: those that are compared; None: all.
+    """
+    key = f"eval_{metric.removeprefix('eval_')}"
+    lines = [line for line in history if key in line and (steps is None or line["step"] in steps)]
+    found = [(line[key] if greater else -line[key], -line["step"]) for line in lines if math.isfinite(line[key])]
+    return -max(found)[1] if found else None
 
 
 def begin_checkpoint(checkpoint: Path) -> None:

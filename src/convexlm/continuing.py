@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from convexlm.checkpoints import best_checkpoint
+from convexlm.checkpoints import best_checkpoint, best_step
 from convexlm.errors import UserError
 from convexlm.progress import note
 from convexlm.trainer import ConvexTrainer
-from convexlm.training_marker import changed_optimizer
+from convexlm.training_marker import changed_optimizer, other_evaluation
 from convexlm.training_model import first_line
 
 if TYPE_CHECKING:
@@ -31,17 +31,26 @@ _MEASURED = ("reduce_lr_on_plateau", "greedy")
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "sum")
 
 
-def refuse_what_cannot_change(checkpoint: Path, marker: Mapping[str, Any], *, deepspeed: bool) -> None:
-    """See that options of optimizer and schedule which differ from a checkpoint's can take effect.
+def refuse_what_cannot_change(
+    checkpoint: Path, marker: Mapping[str, Any], *, deepspeed: bool, metric: str | None = None
+) -> None:
+    """See that options of optimizer, schedule and evaluation which differ from a checkpoint's can take effect.
 
     Args:
         checkpoint: the checkpoint to go on from.
         marker: what the checkpoints of this training have in their `convexlm.json`.
         deepspeed: whether DeepSpeed is to load the optimizer.
+        metric: `metric_for_best_model`.
 
     Raises:
-        UserError: another optimizer; any change under DeepSpeed; or another rate where it follows what was measured.
+        UserError: another optimizer; any change under DeepSpeed; another rate where it follows what was measured; or
+            other data to evaluate on, where evaluations are compared.
     """
+    if metric is not None and (others := other_evaluation(checkpoint, marker)) is not None:
+        raise UserError(
+            f"{checkpoint}: the data to evaluate on were {others[0]}, not {others[1]}, and --metric_for_best_model "
+            "would compare the one with the other: give those that it had, or leave --metric_for_best_model out"
+        )
     changed = changed_optimizer(checkpoint, marker)
     kind = {marker["optimizer"]["lr_scheduler_type"], *changed.get("lr_scheduler_type", ())}
     for key, values in changed.items():
@@ -62,11 +71,21 @@ class ContinuingTrainer(ConvexTrainer):
     """`ConvexTrainer` for `convexlm train`, which goes on with the options that it is given."""
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; the best checkpoint is looked for beside the last, for the folder may have moved."""
-        with _without_warnings_of_a_move():
+        """As in the Trainer, which would log, save and evaluate as often, and compare what, as it did before.
+
+        The best checkpoint is looked for beside the last, for the folder may have moved.
+        """
+        with _without_warnings_of_changes():
             counted = super()._init_training_state(*args, **kwargs)
-        if self._resumed_from is not None:
-            self.state.best_model_checkpoint = best_checkpoint(Path(self._resumed_from))
+        if self._resumed_from is None:
+            return counted
+        state, metric, greater = self.state, self.args.metric_for_best_model, self.args.greater_is_better
+        state.compute_steps(self.args, state.max_steps)
+        state.best_model_checkpoint = best_checkpoint(Path(self._resumed_from), metric, greater)
+        if metric is not None:
+            step, key = best_step(state.log_history, metric, greater), f"eval_{metric.removeprefix('eval_')}"
+            measured = (line[key] for line in state.log_history if line["step"] == step and key in line)
+            state.best_metric = next(measured, None)
         return counted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -99,7 +118,7 @@ class ContinuingTrainer(ConvexTrainer):
         _check_shapes(optimizer, checkpoint)
         changes = changed_optimizer(Path(checkpoint), self.checkpoint_marker or {})
         said = [*_set_rates(optimizer, self.lr_scheduler, rates), *_set_settings(optimizer, given)]
-        others = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
+        others = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16")
         said += [f"{key} {changes[key][0]} -> {changes[key][1]}" for key in others if key in changes]
         if said and self.args.process_index == 0:
             step = Path(checkpoint).name.rsplit("-", 1)[-1]
@@ -173,15 +192,20 @@ def _misfit(checkpoint: str, what: str, reason: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _without_warnings_of_a_move() -> Iterator[None]:
-    """The Trainer says that a best checkpoint which was moved with its folder is gone; it is found again."""
+def _without_warnings_of_changes() -> Iterator[None]:
+    """Leave out what the Trainer says of a best checkpoint that was moved with its folder, and of other `save_steps`.
+
+    The one is found again here, and the others take effect.
+    """
 
     def other(record: logging.LogRecord) -> bool:
-        return "The best checkpoint" not in record.getMessage()
+        return not any(text in record.getMessage() for text in ("The best checkpoint", "do not match the ones in"))
 
-    logger = logging.getLogger("transformers.trainer")
-    logger.addFilter(other)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    for logger in loggers:
+        logger.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        for logger in loggers:
+            logger.removeFilter(other)

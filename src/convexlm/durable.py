@@ -19,7 +19,17 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from convexlm.checkpoints import PROGRESS_FILE, begin_checkpoint, finish_checkpoint, rotate
+from convexlm.checkpoints import (
+    PROGRESS_FILE,
+    all_checkpoints,
+    begin_checkpoint,
+    best_step,
+    complete_checkpoints,
+    finish_checkpoint,
+    is_interruption,
+    rotate,
+    step_of,
+)
 from convexlm.errors import Stopped
 from convexlm.files import write_atomic
 from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
@@ -70,6 +80,7 @@ class DurableCheckpoints:
         self.accelerator.wait_for_everyone()
         # What is saved for a signal alone is there to go on from.
         changes: dict[str, Any] = {"save_only_model": False} if interrupted else {}
+        self._choose_best(run_dir, interrupted)
         with self._other_args(save_total_limit=None, **changes):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             resumable = not self.args.save_only_model
@@ -85,6 +96,20 @@ class DurableCheckpoints:
             else:
                 rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
         self._saved_step = self.state.global_step
+
+    def _choose_best(self: Any, run_dir: Path, interrupted: bool) -> None:
+        """Have the best of what is saved be the best checkpoint.
+
+        The Trainer takes the step that was best of all, and where nothing was saved at that one, whichever checkpoint
+        it had named before. What is saved for a signal alone will go.
+        """
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return
+        whole = all_checkpoints if self.checkpoint_marker is None else complete_checkpoints
+        steps = {step_of(path) for path in whole(run_dir) if not is_interruption(path)}
+        steps = steps - {self.state.global_step} if interrupted else steps | {self.state.global_step}
+        self.state.best_global_step = best_step(self.state.log_history, metric, self.args.greater_is_better, steps)
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in the Trainer; the options that it pickles beside the weights are the true ones, without the token."""

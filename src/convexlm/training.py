@@ -151,9 +151,10 @@ def _train_in(
     check_model(model_options, data)  # before the data, which may take long
     model_facts = model_identity(model_options, data, args, str(tokenizer_source), tokenizer)
     train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
-    eval_dataset = None
+    eval_dataset = evaluation = None
     if data.eval_dataset:  # the whole of it, whatever `max_records` says
-        eval_dataset = _prepared(data.eval_dataset, data, args, tokenizer, settings, None).dataset
+        prepared = _prepared(data.eval_dataset, data, args, tokenizer, settings, None)
+        eval_dataset, evaluation = prepared.dataset, _identity_of(data.eval_dataset, prepared)
         check_weights(eval_dataset, data.eval_dataset, "evaluate on")
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
@@ -174,7 +175,7 @@ def _train_in(
         )
     )
     progress = _add_callbacks(trainer, title)
-    marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity, model_facts)
+    marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity, model_facts, evaluation)
     trainer.checkpoint_marker = marker
     trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
     for name, rows in ((data.dataset, train_dataset), (data.eval_dataset, eval_dataset)):
@@ -189,18 +190,20 @@ def _train_in(
     check_loader(loader, counts["records"], args)
     max_steps = trainer.set_initial_training_values(args, loader)[-1]
     last = agreed_start(args, output_dir, max_steps, marker)
+    compared = (args.metric_for_best_model, args.greater_is_better)
     if last is not None:
         _say(f"  {title}: going on from {last.name}")
         args.eval_on_start = False  # it was done
         if args.process_index == 0:
             # A run may have been stopped between a checkpoint and the deletion of an older one.
-            rotate(output_dir, args.save_total_limit, best_checkpoint(last))
+            rotate(output_dir, args.save_total_limit, best_checkpoint(last, *compared))
     if opening:
         _say(f"  {title}: {opening}")
     # Resumed at its very end, transformers' loop would train one step more before it looks.
     before = steps = step_of(last) if last is not None else 0
     if last is not None and steps < max_steps:
-        refuse_what_cannot_change(last, marker, deepspeed=trainer.is_deepspeed_enabled)
+        deepspeed = trainer.is_deepspeed_enabled
+        refuse_what_cannot_change(last, marker, deepspeed=deepspeed, metric=args.metric_for_best_model)
     if steps >= max_steps:
         _say(f"  {title}: nothing to do: {last} is there, and the training has {max_steps} steps")
     else:
@@ -218,7 +221,7 @@ def _train_in(
         "output_dir": str(output_dir),
         "checkpoints": [checkpoint.name for checkpoint in checkpoints],
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "best_checkpoint": best_checkpoint(checkpoints[-1]) if checkpoints else None,
+        "best_checkpoint": best_checkpoint(checkpoints[-1], *compared) if checkpoints else None,
         "steps": steps,
         "new_steps": steps - before,
         **counts,
@@ -250,7 +253,6 @@ def _training_rows(
     data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The dataset to train on, what there is to say of it, and what tells it from another (see `training_marker`)."""
-    name = Path(data.dataset).name
     identity: dict[str, Any] = {"streaming": data.streaming, "max_records": data.max_records}
     if data.streaming:
         from convexlm.streaming import RecordStream
@@ -269,13 +271,18 @@ def _training_rows(
         args.accelerator_config.dispatch_batches = False
         next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
         content = content_of(Path(data.dataset))
-        identity = {**identity, "shuffle_buffer": data.shuffle_buffer, "dataset": {"name": name, "content": content}}
+        dataset = {"name": Path(data.dataset).name, "content": content}
+        identity = {**identity, "shuffle_buffer": data.shuffle_buffer, "dataset": dataset}
         return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity
     found = _prepared(data.dataset, data, args, tokenizer, settings, data.max_records)
     check_weights(found.dataset, data.dataset)
-    identity["dataset"] = {"name": name, "content": found.source[1] if found.source else None}
+    identity["dataset"] = _identity_of(data.dataset, found)
     counts = {"records": len(found.dataset), "dropped": found.dropped, "truncated": found.truncated}
     return found.dataset, counts, identity
+
+
+def _identity_of(name: str, found: Any) -> dict[str, Any]:
+    return {"name": Path(name).name, "content": found.source[1] if found.source else None}
 
 
 def _prepared(

@@ -84,6 +84,10 @@ def _check_evaluation(args: ConvexConfig, data: DataOptions) -> None:
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         raise UserError(f"--metric_for_best_model {metric}: not measured; there are {', '.join(METRICS)}")
+    if metric is not None and not evaluates:
+        raise UserError(
+            f"--metric_for_best_model {metric}: not measured without --eval_dataset and --eval_strategy steps or epoch"
+        )
 
 
 def _check_packages(args: ConvexConfig) -> None:

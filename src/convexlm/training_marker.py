@@ -1,8 +1,8 @@
 """What a checkpoint keeps of the training that it belongs to, so that no other one goes on from it.
 
 Its `convexlm.json` has `prompt` and `objective`, which decoding reads; `training`: what has to stay the same; and
-`optimizer`: what may be changed on the way (see `convexlm.continuing`). A key that is missing, as in checkpoints of
-earlier versions, is taken as not known.
+`optimizer`: what may be changed on the way (see `convexlm.continuing`); `evaluation`: the data to evaluate on. A key
+that is missing, as in checkpoints of earlier versions, is taken as not known.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _OF_TRAINING = (
     *("k_warmup", "label_smoothing_factor", "max_length", "seed", "packing", "shuffle_dataset"),
-    *("train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha", "router_aux_loss_coef"),
 )
 _OF_ADAPTERS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
@@ -38,7 +38,10 @@ _OF_4_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_sto
 _OF_OPTIMIZER = (
     *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim_target_modules"),
+    *("bf16", "fp16"),
 )
+# Loading options that are known otherwise, or change nothing.
+_SAME_MODEL = ("dtype", "attn_implementation", "device_map")
 _BY_CONTENT = ("dataset", "model", "tokenizer", "config")
 _WORDS = {
     "name": "the objective",
@@ -59,6 +62,7 @@ def training_marker(
     args: ConvexConfig,
     data: Mapping[str, Any],
     model: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What checkpoints keep of what they are trained on and for.
 
@@ -68,6 +72,7 @@ def training_marker(
         args: the training options.
         data: what identifies the records: `dataset` (its `name` and `content`, None if not known) and how it is read.
         model: as `model_identity` gives it.
+        evaluation: `name` and `content` of the data to evaluate on.
     """
     options = {name: _plain(getattr(args, name)) for name in _OF_TRAINING}
     if args.packing:
@@ -79,6 +84,7 @@ def training_marker(
         "objective": dict(objective),
         "training": {**options, **data, **model},
         "optimizer": {name: _plain(getattr(args, name)) for name in _OF_OPTIMIZER},
+        **({"evaluation": dict(evaluation)} if evaluation is not None else {}),
     }
 
 
@@ -103,6 +109,8 @@ def model_identity(
         found["model"] = {"name": _short(name) + (f"@{revision}" if revision else ""), "content": content}
     found["tokenizer"] = {"name": _short(tokenizer_name), "content": tokenizer_hash(tokenizer)}
     found["dtype"] = str((args.model_init_kwargs or {}).get("dtype", options.dtype or "float32"))
+    loading = (args.model_init_kwargs or {}).items()
+    found["model_init_kwargs"] = {key: value for key, value in loading if key not in _SAME_MODEL} or None
     names = ["use_peft", *_OF_QUANTIZATION]
     names += _OF_4_BITS * bool(options.load_in_4bit) + _OF_ADAPTERS * bool(options.use_peft)
     return {**found, **{name: _plain(getattr(options, name)) for name in names}}
@@ -138,10 +146,8 @@ def refuse_another_training(checkpoint: Path, marker: Mapping[str, Any]) -> None
             value = new[key]
             if key not in old or (_same(old[key], value) if key in _BY_CONTENT else old[key] == value):
                 continue
-            then, now = (old[key]["name"], value["name"]) if key in _BY_CONTENT else (old[key], value)
+            then, now = _names(old[key], value) if key in _BY_CONTENT else (old[key], value)
             then, now = ("unset" if one is None else one for one in (then, now))
-            if then == now:
-                then, now = f"an earlier {then}", "as it is now"
             raise UserError(
                 f"{checkpoint}: {_WORDS.get(key, key)} was {then}, not {now}; --resume goes on with the options that "
                 "a training was begun with: give those, or choose another --output_dir"
@@ -155,6 +161,18 @@ def changed_optimizer(checkpoint: Path, marker: Mapping[str, Any]) -> dict[str, 
     if not isinstance(old, dict):
         return {}
     return {key: (old[key], value) for key, value in new.items() if key in old and old[key] != value}
+
+
+def other_evaluation(checkpoint: Path, marker: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The names of the data to evaluate on, then and now, if they are others than when a checkpoint was saved."""
+    old, new = read_marker(checkpoint).get("evaluation"), marker.get("evaluation")
+    return None if old is None or new is None or _same(old, new) else _names(old, new)
+
+
+def _names(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+    """What to call two things that differ, which may have one name."""
+    then, now = str(old["name"]), str(new["name"])
+    return (then, now) if then != now else (f"an earlier {then}", "as it is now")
 
 
 def _same(old: Any, new: Any) -> bool:
