@@ -47,16 +47,21 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a PEFT adapter rather than a whole model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether the folder holds a PEFT adapter rather than a whole model; its base model's config may lie beside it."""
+    return (folder / "adapter_config.json").is_file() and not _has_whole_model(folder)
+
+
+def _has_whole_model(folder: Path) -> bool:
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
 
 
 def check_checkpoint(folder: Path) -> None:
     """Refuse a folder that holds no model, before anything heavy starts.
 
     Raises:
-        UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded), or an
-            adapter that works by virtual tokens.
+        UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded), a whole
+            model and an adapter in one folder, or an adapter that works by virtual tokens.
     """
     if not folder.exists():
         raise UserError(f"{folder}: no such checkpoint folder")
@@ -72,6 +77,9 @@ def check_checkpoint(folder: Path) -> None:
                 "weights alone would answer"
             )
         return
+    if (folder / "adapter_config.json").is_file() and _has_whole_model(folder):
+        # transformers puts the one on the other, so an adapter that was merged into its own folder would count twice.
+        raise UserError(f"{folder}: holds a whole model and an adapter; take out the one that is not meant")
     if not (folder / "config.json").is_file():
         inner = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         hint = f"; did you mean {folder / inner[-1]}?" if inner else ""
@@ -99,7 +107,7 @@ def base_of_adapter(folder: Path) -> Path:
     if not name:
         raise UserError(f"{folder}: adapter_config.json does not name its base model (base_model_name_or_path)")
     try:
-        return find_checkpoint(name, revision=revision or None)
+        base = find_checkpoint(name, revision=revision or None)
     except UserError as error:
         hint = ""
         if not Path(name).exists():
@@ -107,6 +115,12 @@ def base_of_adapter(folder: Path) -> Path:
             if not Path(name).is_absolute():
                 hint = "; a relative path counts from the current folder: go where it was trained, or" + hint[1:]
         raise UserError(f"{folder}: the base model of this adapter cannot be used: {error}{hint}") from None
+    if is_adapter(base):
+        raise UserError(
+            f"{folder}: the base model of this adapter is an adapter, too ({base}): merge that one with `convexlm "
+            "export --merge_adapter`, and name the merged folder as base_model_name_or_path in adapter_config.json"
+        )
+    return base
 
 
 def checkpoint_sha256(folder: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from convexlm import adapters
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+_EMBEDDINGS = ("", ".base_layer", ".token_adapter.base_layer")
+"""Where PEFT has an embedding's own weight in its file, by what was put around it."""
 
 
 def load_tokenizer(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
@@ -72,9 +77,40 @@ def load_model(
         put = adapters.merge_adapter if merge_adapter else PeftModel.get_base_model
         model = _or_refuse(
             f"{checkpoint}: the adapter cannot be put on its base model {folder}",
-            lambda: put(PeftModel.from_pretrained(model, checkpoint, local_files_only=True, torch_device=device)),
+            lambda: put(_with_adapter(model, checkpoint, device)),
         )
     return model.eval()
+
+
+def _with_adapter(model: Any, adapter: Path, device: str) -> Any:
+    """The base model with the adapter beside it.
+
+    Raises:
+        ValueError: the adapter's file lacks weights. PEFT warns, and goes on with those that training begins with.
+    """
+    from peft import PeftModel
+
+    _fit_vocabulary(model, adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, adapter, local_files_only=True, torch_device=device)
+        except UserWarning as warning:
+            lacking = [name.replace(".default.", ".") for name in re.findall("'([^']+)'", str(warning))]
+            raise ValueError(f"its file lacks {len(lacking)} of its weights, such as {lacking[-1]}") from None
+
+
+def _fit_vocabulary(model: Any, adapter: Path) -> None:
+    """An adapter trained with tokens added brings the whole embeddings along; the base model gets as many rows."""
+    from safetensors import safe_open
+
+    modules = {module: name for name, module in model.named_modules()}
+    layers = [modules.get(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    names = {f"base_model.model.{layer}{inner}.weight" for layer in layers for inner in _EMBEDDINGS}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        rows = {file.get_slice(name).get_shape()[0] for name in names.intersection(file.keys())}
+    if len(rows) == 1 and rows != {model.config.get_text_config().vocab_size}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def load_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
@@ -115,7 +151,9 @@ def _or_refuse(what: str, load: Callable[[], Any]) -> Any:
     except Exception as error:  # loaders raise OSError, ValueError, KeyError, SafetensorError, ... for a bad file
         if should_reduce_batch_size(error) or isinstance(error, MemoryError):
             raise
-        reason = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+        # torch's first line announces what the next one says.
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise UserError(f"{what} ({reason})") from error
 
 

@@ -179,6 +179,12 @@ def _encode(work: Work, engine: Backend) -> list[list[int]]:
     for id_, ids in zip(work.ids, encoded, strict=True):
         if not ids:
             raise UserError(f"{work.name}: the prompt of sentence {id_} has no token; use another template")
+        if engine.vocabulary is not None and max(ids) >= engine.vocabulary:
+            raise UserError(
+                f"{work.name}: the prompt of sentence {id_} has the token {max(ids)} "
+                f"(`{engine.tokenizer.convert_ids_to_tokens(max(ids))}`), and the model has embeddings of "
+                f"{engine.vocabulary} only: its folder has the tokenizer of another model, or one with tokens added"
+            )
         if engine.max_length is not None and len(ids) + most > engine.max_length:
             raise UserError(
                 f"{work.name}: the prompt of sentence {id_} has {len(ids)} tokens; with max_new_tokens {most} "

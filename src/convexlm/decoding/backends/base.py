@@ -49,8 +49,8 @@ def with_nbest(hypotheses: Sequence[Hypothesis], search: Search) -> Hypothesis:
 class Backend(ABC):
     """A loaded model that turns token ids of prompts into hypotheses.
 
-    A subclass sets `tokenizer` and `max_length` in `load`, and implements `generate`. It imports optional libraries
-    in `load`, so that knowing its name costs nothing.
+    A subclass sets `tokenizer`, `max_length` and `vocabulary` in `load`, and implements `generate`. It imports
+    optional libraries in `load`, so that knowing its name costs nothing.
     """
 
     name: ClassVar[str] = ""
@@ -59,6 +59,8 @@ class Backend(ABC):
     tokenizer: Any = None
     max_length: int | None = None
     """The most tokens of prompt and answer together that the model has positions for; None: no limit known."""
+    vocabulary: int | None = None
+    """Tokens that the model has embeddings for; a tokenizer may know more. None: not known."""
 
     def check(self, search: Search) -> None:  # noqa: B027 - most backends can do every search
         """Refuse a search that this backend cannot do exactly as asked; called before anything is loaded.

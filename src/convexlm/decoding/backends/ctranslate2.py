@@ -79,9 +79,11 @@ class CTranslate2Backend(Backend):
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
         folder = converted(checkpoint, checkpoint_sha256(checkpoint), trust_remote_code=trust_remote_code)
         self.names = _vocabulary(folder)
+        # An adapter may have more tokens than its base model, whose config this is.
+        self.vocabulary = config.get_text_config().vocab_size = len(self.names)
+        self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
         self.model = ctranslate2.Generator(
             str(folder),
             device=kind,

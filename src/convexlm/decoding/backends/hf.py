@@ -53,8 +53,9 @@ class HuggingFaceBackend(Backend):
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         self.model = load_model(checkpoint, device, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, self.model.config, self.model)
-        pad = _as_ids(self.tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
+        pad = _as_ids(self.vocabulary, self.tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
         # Padding is masked everywhere, so any id will do where the tokenizer has none of its own.
         self.pad_id = (pad or self.eos_ids or [0])[0]
         # `generate` fills what a config leaves unset from the model's, so the model's must say nothing.
@@ -280,14 +281,15 @@ def eos_ids_of(tokenizer: Any, checkpoint: Path, config: Any, model: Any = None)
         generation_config = model.generation_config
     turn = end_of_turn(tokenizer)
     ends = None if turn is None else tokenizer.convert_tokens_to_ids(turn)
-    if ends is not None and ends >= config.get_text_config().vocab_size:
-        ends = None
-    return _as_ids(tokenizer.eos_token_id, generation_config.eos_token_id, ends)
+    return _as_ids(config.get_text_config().vocab_size, tokenizer.eos_token_id, generation_config.eos_token_id, ends)
 
 
-def _as_ids(*values: int | list[int] | None) -> list[int]:
-    """All ids of some settings that may each be unset, one id or a list, each id once."""
+def _as_ids(vocabulary: int, *values: int | list[int] | None) -> list[int]:
+    """All ids of some settings that may each be unset, one id or a list, each id once.
+
+    Without those that the model has no embedding for: a [PAD] that a tokenizer was given, or a -1 for none.
+    """
     ids: list[int] = []
     for value in values:
         ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids))
+    return [token for token in dict.fromkeys(ids) if 0 <= token < vocabulary]

@@ -75,6 +75,7 @@ class VllmBackend(Backend):
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.vocabulary = config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
         self.model = LLM(
             model=str(checkpoint),

@@ -1,0 +1,132 @@
+"""Checkpoints that others made: adapters that lack weights or add tokens, ids that a model has no embedding for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from convexlm.decoding import decode_jobs
+from convexlm.decoding.checkpoint import check_checkpoint, is_adapter
+from convexlm.errors import UserError
+from convexlm.tokenization import decode_text
+from decoding_helpers import SOURCES, make_checkpoint, make_job, make_tokenizer, prompt_ids, read
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FEW = SOURCES[:4]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("loading") / "checkpoint-0", steps=0)
+
+
+def answers(folder: Path, **options: Any) -> list[str]:
+    settings = {"max_new_tokens": 8, **options}
+    job = make_job(folder / f"out-{len(list(folder.glob('out-*')))}.jsonl", FEW, **settings)
+    decode_jobs(folder, [job], device="cpu")
+    return [row["hypothesis"] for row in read(job.output_file)]
+
+
+def by_generate(model: Any, folder: Path) -> list[str]:
+    tokenizer = make_tokenizer()
+    found = []
+    for ids in prompt_ids(folder, make_job(folder / "x.jsonl", FEW)):
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 3}
+        output = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        found.append(decode_text(tokenizer, output[0, len(ids) :].tolist()))
+    return found
+
+
+def make_adapter(base: Path, folder: Path, tokens: int | None = None, **options: Any) -> Any:
+    """An adapter whose answers are its own; the model that it was saved from."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if tokens:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    settings = {"r": 4, "lora_alpha": 64, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(**settings | options, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+def test_an_adapter_whose_file_lacks_weights_is_refused(checkpoint: Path, tmp_path: Path):
+    """PEFT only warns of it, and what answers then is the base model, or half of the adapter."""
+    make_adapter(checkpoint, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    half = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    other = {name.replace(".model.layers", ".layers"): weight for name, weight in weights.items()}
+    for lacking, count in ((half, 4), (other, 8)):
+        save_file(lacking, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=rf"lacks {count} of its weights, such as .*layers\.1\..*lora_B\.weight"):
+            answers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}],
+    ids=str,
+)
+def test_an_adapter_with_tokens_added_brings_their_embeddings(checkpoint: Path, tmp_path: Path, options: dict):
+    model = make_adapter(checkpoint, tmp_path, tokens=430, **options)
+    assert answers(tmp_path) == by_generate(model, tmp_path)
+
+
+def test_what_does_not_fit_an_adapters_base_is_named(checkpoint: Path, tmp_path: Path):
+    make_adapter(checkpoint, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: torch.ones(3, 3) for name in weights}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="cannot be put on its base model .*size mismatch for base_model.*lora_A"):
+        answers(tmp_path)
+
+
+def test_which_of_a_model_and_an_adapter_a_folder_holds(checkpoint: Path, tmp_path: Path):
+    """Its base model's config may lie beside an adapter; a whole model beside it would get it on top."""
+    plain, mixed, second = tmp_path / "plain", tmp_path / "mixed", tmp_path / "second"
+    model = make_adapter(checkpoint, plain)
+    shutil.copytree(plain, mixed)
+    shutil.copy(checkpoint / "config.json", mixed)
+    assert is_adapter(mixed)
+    assert answers(mixed) == answers(plain) == by_generate(model, plain)
+    shutil.copy(checkpoint / "model.safetensors", mixed)
+    with pytest.raises(UserError, match="a whole model and an adapter"):
+        check_checkpoint(mixed)
+    shutil.copytree(plain, second)
+    config = json.loads((plain / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(plain)}))
+    with pytest.raises(UserError, match="is an adapter, too"):
+        answers(second)
+
+
+def test_tokens_without_an_embedding_neither_pad_nor_end(checkpoint: Path, tmp_path: Path):
+    """A [PAD] that only the tokenizer was given, -1 for none, and an EOS of a larger vocabulary."""
+    expected = answers(shutil.copytree(checkpoint, tmp_path / "plain"), min_new_tokens=3)
+    folder = shutil.copytree(checkpoint, tmp_path / "odd")
+    tokenizer = make_tokenizer(pad=False)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 420
+    tokenizer.save_pretrained(folder)
+    for eos in ([2, 5000], -1):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert answers(folder, min_new_tokens=3) == expected
+
+
+def test_a_prompt_with_a_token_without_an_embedding_is_one_line(checkpoint: Path, tmp_path: Path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["cat"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"sentence 2 has the token 420 \(`cat`\), and the model has .* of 420 only"):
+        answers(folder)
