@@ -19,7 +19,7 @@ from convexlm.cli import main
 from convexlm.decoding import Search, decode_jobs
 from convexlm.decoding.auto import choose_backend
 from convexlm.errors import UserError
-from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, read
+from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, make_tokenizer, read
 
 needs_ctranslate2 = pytest.mark.skipif(
     importlib.util.find_spec("ctranslate2") is None, reason="ctranslate2 is not installed (an optional extra)"
@@ -144,6 +144,32 @@ def test_a_conversion_to_another_model_is_noticed(
     with pytest.raises(UserError, match="computes something else"):
         decode_jobs(checkpoint, [make_job(tmp_path / "out.jsonl")], backend="ctranslate2", device="cpu")
     assert not [path for path in (cache / "ctranslate2").iterdir() if path.is_dir()]
+
+
+@needs_ctranslate2
+def test_texts_beyond_an_attention_window_are_refused(cache: Path, tmp_path: Path):
+    """CTranslate2 computes a Mistral's window otherwise, and the probe of a conversion is shorter than windows are."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, num_key_value_heads=2, vocab_size=420, eos_token_id=2, sliding_window=66)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    job = make_job(tmp_path / "out.jsonl", ["house", "dog"], max_new_tokens=8)
+    with pytest.raises(UserError, match="cannot run what it converted.*--backend hf"):  # without an unknown token
+        decode_jobs(tmp_path / "model", [job], backend="ctranslate2", device="cpu")
+    tokenizer.unk_token = "<unk>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = []
+    for backend in ("hf", "ctranslate2"):
+        job = make_job(tmp_path / f"{backend}.jsonl", ["house", "dog"], max_new_tokens=8)
+        decode_jobs(tmp_path / "model", [job], backend=backend, device="cpu")
+        texts.append([row["hypothesis"] for row in read(job.output_file)])
+    assert texts[0] == texts[1]
+    job = make_job(tmp_path / "longer.jsonl", ["house", "dog"], max_new_tokens=20)
+    with pytest.raises(UserError, match=r"more than the 66 tokens of an attention window.*--backend hf"):
+        decode_jobs(tmp_path / "model", [job], backend="ctranslate2", device="cpu")
 
 
 @needs_ctranslate2

@@ -118,8 +118,13 @@ def _compare(checkpoint: Path, output: Path, probe: dict[str, torch.Tensor]) -> 
     import numpy
     import torch
 
-    generator = ctranslate2.Generator(str(output), device="cpu", compute_type="float32")
-    made = numpy.array(generator.forward_batch([probe["ids"].tolist()], return_log_probs=True))[0]
+    try:
+        generator = ctranslate2.Generator(str(output), device="cpu", compute_type="float32")
+        made = numpy.array(generator.forward_batch([probe["ids"].tolist()], return_log_probs=True))[0]
+    except RuntimeError as error:  # of a tokenizer without an EOS, or for some models without an unknown token
+        raise UserError(
+            f"{checkpoint}: CTranslate2 cannot run what it converted ({error}); --backend hf can decode it"
+        ) from None
     vocabulary = probe["log_probs"].shape[1]
     log_probs = torch.from_numpy(made)[:, :vocabulary]
     distance = float((log_probs.exp() - probe["log_probs"].exp()).abs().sum(-1).mean())

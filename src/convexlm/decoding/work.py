@@ -188,7 +188,7 @@ def _encode(work: Work, engine: Backend) -> list[list[int]]:
         if engine.max_length is not None and len(ids) + most > engine.max_length:
             raise UserError(
                 f"{work.name}: the prompt of sentence {id_} has {len(ids)} tokens; with max_new_tokens {most} "
-                f"that is more than the model's {engine.max_length} positions; shorten the one or the other"
+                f"that is more than {engine.beyond.format(engine.max_length)}"
             )
     return encoded
 

@@ -59,6 +59,8 @@ class Backend(ABC):
     tokenizer: Any = None
     max_length: int | None = None
     """The most tokens of prompt and answer together that the model has positions for; None: no limit known."""
+    beyond: str = "the model's {} positions; shorten the one or the other"
+    """What more than `max_length` tokens are more than, and what to do about it."""
     vocabulary: int | None = None
     """Tokens that the model has embeddings for; a tokenizer may know more. None: not known."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.batching import common_head
@@ -32,6 +32,8 @@ class CTranslate2Backend(Backend):
       is therefore searched for again, with those n-grams forbidden one by one.
     - In a batch of prompts of several lengths it counts the tail of the longer ones as generated: only prompts of one
       length are put together.
+    - Where a layer attends to the last so many tokens only, it computes something else for longer texts: those are
+      refused. (The probe of a conversion is too short to see it.)
     - Its sampling has a stream for all sentences together, so a sample would depend on the batch; refused.
     """
 
@@ -79,6 +81,10 @@ class CTranslate2Backend(Backend):
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        window = _attention_window(config)
+        if window is not None and window < (self.max_length or window + 1):
+            self.max_length = window
+            self.beyond = "the {} tokens of an attention window, where CTranslate2 goes wrong; use --backend hf"
         folder = converted(checkpoint, checkpoint_sha256(checkpoint), trust_remote_code=trust_remote_code)
         self.names = _vocabulary(folder)
         # An adapter may have more tokens than its base model, whose config this is.
@@ -187,6 +193,14 @@ def why_not(search: Search) -> str:
     if search.num_return_sequences > 1 and search.length_penalty == 0:
         return "may end an n-best search early without a length penalty: ask for a length_penalty other than 0"
     return ""
+
+
+def _attention_window(config: Any) -> int | None:
+    """The fewest last tokens that a layer of the model attends to; None where all attend to all."""
+    from transformers import DynamicCache
+
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return min(filter(None, windows), default=None)
 
 
 def _vocabulary(folder: Path) -> list[str]:
