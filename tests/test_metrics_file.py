@@ -51,7 +51,8 @@ def test_a_log_is_a_line_but_for_the_summary_and_other_processes(tmp_path):
     log(tmp_path, 1, train_runtime=3.0, train_loss=1.0)
     log(tmp_path, 1)
     log(tmp_path, 1, eval_loss=4.0)
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": 4.0}]
+    log(tmp_path, 2, loss=5.0, train_runtime=6.0)  # with `include_num_input_tokens_seen`
+    assert [line.get("loss") or line["eval_loss"] for line in read_metrics(tmp_path)] == [1.0, 4.0, 5.0]
 
 
 def test_going_on_cuts_later_steps_and_a_torn_line(tmp_path):

@@ -142,6 +142,11 @@ def test_what_cannot_be_streamed_is_told_before_training(files, tmp_path, capsys
         ({"streaming": True, "shuffle_buffer": -1}, "not be negative"),
         ({"streaming": True, "train_sampling_strategy": "group_by_length"}, "no lengths"),
         ({"streaming": True, "dataset_num_proc": 2}, "--dataset_num_proc"),
+        ({"streaming": True, "shuffle_dataset": True}, "with --streaming give --shuffle_buffer"),
+        (
+            {"streaming": True, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"},
+            "--dataloader_multiprocessing_context spawn: a stream",
+        ),
         ({"dataset_cache_dir": "FILE"}, "--dataset_cache_dir"),
     ],
     ids=str,
@@ -153,13 +158,15 @@ def test_options_that_do_not_go_together(files, tmp_path, capsys, options, said)
     assert said in capsys.readouterr().err
 
 
-def test_a_broken_line_far_in_is_told_with_its_place(files, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_line_far_in_is_told_with_its_place(files, tmp_path, capsys, workers):
     lines = (files / "data.jsonl").read_text().split("\n")[:-1] * 4
     lines[80] = '{"prompt": "w1", "comp'
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    assert train(tmp_path / "run", "--streaming", **given(files, dataset=tmp_path / "data.jsonl", max_steps=30)) == 2
+    options = given(files, dataset=tmp_path / "data.jsonl", max_steps=30, dataloader_num_workers=workers)
+    assert train(tmp_path / "run", "--streaming", **options) == 2
     err = capsys.readouterr().err
-    assert "line 81: not valid JSON" in err and "Traceback" not in err
+    assert f"error: {tmp_path / 'data.jsonl'}, line 81: not valid JSON" in err and "Traceback" not in err
 
 
 # -- trained on

@@ -59,6 +59,8 @@ def here(files, monkeypatch):
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1"),
         ({"pad_to_multiple_of": 0}, "--pad_to_multiple_of must be at least 1"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must not be negative, it is -1"),
+        ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers needs workers"),
         ({"max_steps": 0}, "--max_steps 0 trains nothing"),
         ({"max_steps": -1, "num_train_epochs": 0}, "--num_train_epochs must be finite and above 0, not 0"),
         ({"max_steps": -1, "num_train_epochs": "nan"}, "--num_train_epochs must be finite"),

@@ -49,8 +49,9 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line."""
-        # The summary at the end of training repeats what the lines before it say.
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        # The summary at the end of training repeats what the lines before it say. (`train_runtime` is in every log
+        # under `include_num_input_tokens_seen`.)
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:
             return
         path = Path(args.output_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -235,6 +235,8 @@ def _run(trainer: Any, last: Path | None) -> None:
         trainer.signal_watch = watch
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except UserError as error:
+            raise _as_it_was(error) from None
         except pickle.UnpicklingError as error:
             raise UserError(f"{last}: its state is not what torch loads safely ({first_line(error)})") from None
         finally:
@@ -244,6 +246,14 @@ def _run(trainer: Any, last: Path | None) -> None:
             f"stopped by {signal_name(watch.number)}; training is complete, and {trainer.how_to_go_on}",
             exit_code=128 + watch.number,
         )
+
+
+def _as_it_was(error: UserError) -> UserError:
+    """An error as it was raised, without the traceback of a data loader's worker that torch puts into its text."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return error
+    return UserError(text.rstrip().rsplit(f"{UserError.__name__}: ", 1)[-1])
 
 
 # -- data
@@ -326,6 +336,11 @@ def _check_streaming(data: DataOptions, args: ConvexConfig) -> None:
         )
     if args.dataset_num_proc and args.dataset_num_proc > 1:
         raise UserError("--dataset_num_proc tokenizes ahead of training; --streaming tokenizes while it goes on")
+    if args.shuffle_dataset:
+        raise UserError("--shuffle_dataset is for data in memory; with --streaming give --shuffle_buffer")
+    context = args.dataloader_multiprocessing_context
+    if args.dataloader_num_workers and context not in (None, "fork"):
+        raise UserError(f"--dataloader_multiprocessing_context {context}: a stream goes to forked workers alone")
 
 
 # -- the trainer

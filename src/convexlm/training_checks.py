@@ -36,7 +36,7 @@ def check_settings(args: ConvexConfig, data: DataOptions) -> None:
     Raises:
         UserError: the first that is not, by its name.
     """
-    _check_numbers(args)
+    check_numbers(args)
     _check_evaluation(args, data)
     _check_packages(args)
     _check_optimizer(args)
@@ -52,11 +52,20 @@ def check_settings(args: ConvexConfig, data: DataOptions) -> None:
         )
 
 
-def _check_numbers(args: ConvexConfig) -> None:
+def check_numbers(args: ConvexConfig) -> None:
+    """See that numbers are in their bounds, which a dry run is told of too.
+
+    Raises:
+        UserError: the first that is not, by its name.
+    """
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
+    if args.dataloader_num_workers < 0:
+        raise UserError(f"--dataloader_num_workers must not be negative, it is {args.dataloader_num_workers}")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UserError("--dataloader_persistent_workers needs workers that persist; give --dataloader_num_workers")
     if args.max_steps == 0:
         raise UserError(
             "--max_steps 0 trains nothing; give at least 1, or leave it out to train for --num_train_epochs"

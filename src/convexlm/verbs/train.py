@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import HfArgumentParser
 from trl import ModelConfig
 
@@ -39,6 +40,14 @@ UNHEEDED = {
     "dataset_kwargs": "use ConvexTrainer in a script",
     "eos_token": "set it in the tokenizer",
     "pad_token": "set it in the tokenizer",
+    "auto_find_batch_size": "a smaller batch would be another training; --dry_run says what memory is needed, and "
+    "--gradient_accumulation_steps keeps the global batch",
+    "bf16_full_eval": "evaluations in training are in its own precision",
+    "fp16_full_eval": "evaluations in training are in its own precision",
+    "enable_jit_checkpoint": "a checkpoint is saved at SIGTERM in any case",
+    "do_predict": "convexlm decode makes hypotheses",
+    "label_names": "the loss is always that of the completion",
+    "length_column_name": "lengths are those of the tokenized records",
     "resume_from_checkpoint": "--resume goes on from the last complete checkpoint in --output_dir",
 }
 SAME_ANYWAY = {("completion_only_loss", True)}
@@ -117,6 +126,8 @@ def train_here(values: dict[str, Any], *, resume: bool, title: str = "train") ->
         processes=config.world_size,
     )
     opening = f"precision {choose_precision(values)}"
+    if str(getattr(config.save_strategy, "value", config.save_strategy)) == "no":
+        opening += "; no checkpoint will be saved (--save_strategy no)"
     return train_model(model_options, data, config, resume=resume, title=title, opening=opening)
 
 
@@ -156,6 +167,9 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
     data, model_options, config = made
     _refuse_unheeded(config)
     _refuse_half_an_adapter(model_options)
+    dtype = model_options.dtype
+    if dtype not in (None, "auto") and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+        raise UserError(f"--dtype {dtype}: not a floating type of torch, such as float32 or bfloat16; or auto")
     if data.max_records is not None and data.max_records < 1:
         raise UserError(f"--max_records must be at least 1, not {data.max_records}")
     if config.learning_rate < 0:
@@ -196,7 +210,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"trained {resumed}{result['steps']} steps on {spent}")
     else:
         console.print(f"nothing to do: all {result['steps']} steps were trained before")
-    console.print(f"checkpoints in {result['output_dir']}: {', '.join(result['checkpoints'])}")
+    kept = ", ".join(result["checkpoints"]) or "none (--save_strategy no)"
+    console.print(f"checkpoints in {result['output_dir']}: {kept}")
     chosen = result.get("best_checkpoint") or result["last_checkpoint"]
     if chosen:
         console.print(
