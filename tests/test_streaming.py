@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import shutil
 from random import Random
 
@@ -95,6 +96,22 @@ def test_shards_are_read_by_name_and_may_be_compressed(tmp_path):
     assert rows[4]["record_id"] == "b.jsonl:1"
     assert [path.rsplit("/", 1)[1] for path in sources(str(shards))] == ["a.jsonl.gz", "b.jsonl", "c.jsonl.gz"]
     assert len(list(stream(shards, max_records=5).one_pass())) == 5
+
+
+def test_shards_are_those_that_are_trained_on_without_streaming(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("train-2.jsonl", "more/train-1.json", "test.jsonl", "valid.jsonl", "extra.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_records(folder / name, 3, seed=len(name))
+    assert [os.path.relpath(path, folder) for path in sources(str(folder))] == ["more/train-1.json", "train-2.jsonl"]
+    same = [record.prompt for path in sources(str(folder)) for record in load_records(path)]
+    assert same == [record.prompt for record in load_records(folder)]
+    (tmp_path / "held").mkdir()
+    with pytest.raises(UserError, match="no shards to train on there"):
+        sources(str(tmp_path / "held"))
+    write_records(tmp_path / "held" / "test.jsonl", 1)
+    with pytest.raises(UserError, match="no shards to train on there"):
+        sources(str(tmp_path / "held"))
 
 
 def test_shuffling_draws_each_record_once_and_in_another_order_each_pass(files):

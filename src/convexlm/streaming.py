@@ -19,12 +19,12 @@ from convexlm.progress import note
 from convexlm.tokenization import check_max_length, nothing_left, tokenize_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from convexlm.instructions import Record
     from convexlm.tokenization import PromptSettings
 
-SHARDS = ("*.jsonl", "*.jsonl.gz", "*.parquet")
+SHARDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _BATCH = 64
 
 
@@ -32,8 +32,8 @@ class RecordStream:
     """An endless stream of rows with `input_ids`, `labels`, `weight` and `record_id`; calling it starts it anew.
 
     Args:
-        dataset: a file, a folder of shards (`.jsonl`, `.jsonl.gz`, `.parquet`, read in the order of their names), a
-            folder that `datasets` wrote, or a name on the hub.
+        dataset: a file, a folder of shards (JSON Lines, plain or `.gz`, and `.parquet`, read in the order of their
+            names), a folder that `datasets` wrote, or a name on the hub.
         template: name of the prompt template.
         tokenizer: any tokenizer of transformers.
         settings: how prompts are made; resolved.
@@ -133,14 +133,24 @@ def _numbered(stream: RecordStream) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def sources(dataset: str) -> list[str]:
-    """The files of a folder of shards, by name; anything else stands for itself."""
+    """The files of a folder of shards, by name; anything else stands for itself.
+
+    As without streaming, those that `datasets` takes for another split than `train` (`test.jsonl`) are left out.
+    """
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
     path = Path(dataset)
     if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return [dataset]
-    found: Sequence[str] = sorted(str(file) for pattern in SHARDS for file in path.glob(pattern))
+    folder = str(path.absolute())
+    try:
+        files = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder).get("train", [])
+    except EmptyDatasetError:
+        files = []
+    found = sorted(str(file) for file in files if str(file).endswith(SHARDS))
     if not found:
-        raise UserError(f"{dataset}: no shards there to stream; looked for {', '.join(SHARDS)}")
-    return list(found)
+        raise UserError(f"{dataset}: no shards to train on there; looked for *{', *'.join(SHARDS)}")
+    return found
 
 
 def shuffled(items: Iterable[Any], size: int, random: Random) -> Iterator[Any]:
