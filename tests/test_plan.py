@@ -55,6 +55,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (13, {"max_steps": 10, "save_strategy": "epoch"}),
     (13, {"max_steps": 3, "save_strategy": "epoch"}),
     (13, {"num_train_epochs": 2, "save_steps": 3, "save_total_limit": 2}),
+    (13, {"max_steps": 5, "save_steps": 2, "save_total_limit": -1}),
+    (13, {"max_steps": 5, "save_steps": 0}),
 ]
 
 
@@ -158,7 +160,7 @@ def test_a_plan_names_every_file_that_the_run_makes(tmp_path: Path) -> None:
         for pair in ("en-de", "en-zh")
         for search in ("greedy", "beam2")
     )
-    assert {job["sentences"] for job in plan["decode"]} == {6}
+    assert {job["sentences"] for job in plan["decode"]} == {recipe.test_sets[0]["size"]}
 
 
 def test_a_plan_writes_nothing_and_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

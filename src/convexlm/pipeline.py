@@ -21,6 +21,7 @@ from convexlm.files import write_atomic
 from convexlm.launch.settings import started_processes
 from convexlm.preflight import (
     check_apart,
+    check_decoding,
     check_files,
     check_scoring,
     check_trainings,
@@ -52,7 +53,6 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         UserError: the folder is another recipe's or in use, a file that the recipe names cannot be used, a library
             for its decoding is missing, or a test set's sources and references do not fit together.
     """
-    from convexlm.decoding.backends import get_backend
     from convexlm.evaluation import evaluate
 
     if world_size() > 1:
@@ -70,8 +70,7 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     if not known:
         trainings = [(run, train_options(recipe, folder, run)) for run in trained_runs(recipe)]
         check_trainings(recipe, trainings, check_files(recipe), world_size(recipe))
-        if (backend := recipe.decode.get("backend", "hf")) != "auto":
-            get_backend(backend)().check_installed()
+        check_decoding(recipe)
     test_sets, validation_sets = load_test_sets(recipe), load_validation_sets(recipe)
     check_apart(test_sets, validation_sets)
     if not known:

@@ -18,7 +18,7 @@ from convexlm.plan_training import (
     sharding_of_file,
     steps_of_epoch,
 )
-from convexlm.preflight import check_files, check_trainings
+from convexlm.preflight import check_decoding, check_files, check_trainings, spelled_config
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import NotAtHandError, load_test_set, name_in_files
 
@@ -55,6 +55,7 @@ def make_plan(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     processes, sharding = _launch(recipe)
     trainings = [(run, train_options(recipe, folder, run)) for run in runs]
     check_trainings(recipe, trainings, counted, processes, here=False)
+    check_decoding(recipe, here=False)
     found: dict[str, Data] = {}
     trains = [_plan_arm(recipe, folder, run, processes, sharding, found) for run in runs]
     decode = _plan_decoding(recipe, folder, runs, trains)
@@ -106,16 +107,9 @@ def _launch(recipe: Recipe) -> tuple[int, str]:
 
 def _model_config(recipe: Recipe, folder: RunFolder) -> tuple[Any, str | None]:
     """The config of a model that the recipe spells out; else None, and the name of the model it starts from."""
-    spelled = recipe.model.get("config")
-    if not spelled:
+    config = spelled_config(recipe)
+    if config is None:
         return None, recipe.model.get("model_name_or_path")
-    from transformers import AutoConfig
-
-    values = dict(spelled)
-    try:
-        config = AutoConfig.for_model(str(values.pop("model_type", None)), **values)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"model.config: {str(error).split(chr(10))[0]}") from None
     tokenizer = recipe.model.get("tokenizer")
     if tokenizer == "tinyworld":
         config.vocab_size = TINYWORLD_VOCABULARY

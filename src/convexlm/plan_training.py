@@ -66,6 +66,7 @@ def plan_training(
     Raises:
         UserError: an option cannot be used, or the data cannot be read.
     """
+    from convexlm.training_checks import check_numbers
     from convexlm.verbs.train import build_options
 
     processes = processes or world_size()
@@ -73,6 +74,7 @@ def plan_training(
     with _alone():
         made = build_options({**values, "use_cpu": True, "bf16": False, "fp16": False})
     options, model_options, train_config = made
+    check_numbers(train_config)
     refuse_quantized_training(model_options)
     data = data or count_records(options.dataset, options.template, options.max_records)
     epoch = (
@@ -150,6 +152,7 @@ def saved_steps(config: ConvexConfig, steps: int | None, epoch: int | None) -> l
     every = epoch
     if strategy == "steps" and steps:
         every = int(config.save_steps) if config.save_steps >= 1 else math.ceil(config.save_steps * steps)
+        every = every if every > 0 else steps  # 0 and below: at the end alone
     if not steps or not every or strategy not in ("steps", "epoch"):
         return []
     return [*range(every, steps, every), steps]
@@ -164,7 +167,8 @@ def checkpoint_steps(config: ConvexConfig, steps: int | None, epoch: int | None)
         epoch: the steps of an epoch; None if not known.
     """
     saved = saved_steps(config, steps, epoch)
-    return saved[-config.save_total_limit :] if config.save_total_limit else saved
+    limit = config.save_total_limit or 0
+    return saved[-limit:] if limit > 0 else saved  # 0 and below is no limit, as in `checkpoints.rotate`
 
 
 # -- memory and disk

@@ -80,6 +80,28 @@ def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
             raise UserError(f"test set `{one.name}`, {one.pair}: {error}") from None
 
 
+def spelled_config(recipe: Recipe) -> Any:
+    """The config of a new model that a recipe spells out; None where it starts from one that there is.
+
+    Raises:
+        UserError: transformers can make no config of it, or no causal language model of the config.
+    """
+    spelled = recipe.model.get("config")
+    if not spelled:
+        return None
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    values = dict(spelled)
+    try:
+        config = AutoConfig.for_model(str(values.pop("model_type", None)), **values)
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config: {' '.join(str(error).split())[:200]}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model.config: transformers has no causal language model of the type `{config.model_type}`")
+    return config
+
+
 def check_files(recipe: Recipe) -> dict[str, int]:
     """Read the data and the instruction that a recipe names, and look for its model.
 
@@ -88,7 +110,7 @@ def check_files(recipe: Recipe) -> dict[str, int]:
 
     Raises:
         UserError: a file is missing or empty, a record cannot be used, there is no model in the model's folder, or one
-            that could not be saved.
+            that could not be saved, or the config of a new one cannot be used.
     """
     from convexlm.instructions import load_records
 
@@ -117,6 +139,7 @@ def check_files(recipe: Recipe) -> dict[str, int]:
             raise UserError(f"{where} {dataset}: no such file")
     if recipe.model.get("tokenizer") == "tinyworld" and not isinstance(recipe.data["dataset"], dict):
         raise UserError(NO_CORPUS)
+    spelled_config(recipe)
     model = recipe.model.get("model_name_or_path")
     if model and Path(model).exists():
         if not (Path(model) / "config.json").is_file():
@@ -149,6 +172,47 @@ def _check_generation_config(model: Path) -> None:
     if config.pad_token_id is None:
         config.pad_token_id = 0  # any will do
         check_generation_config(config, str(file))
+
+
+def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
+    """See that what is trained can be decoded as the recipe says.
+
+    Args:
+        recipe: the recipe.
+        here: it will be decoded on this machine, which has to have the backend and the device.
+
+    Raises:
+        UserError: an unknown dtype or compute type, a backend that is not installed, or a device that is not here.
+    """
+    from convexlm.decoding.backends import get_backend
+    from convexlm.decoding.checkpoint import choose_dtype
+
+    keys = ("backend", "dtype", "compute_type", "device")
+    name, dtype, compute_type, device = (recipe.decode.get(key) for key in keys)
+    choose_dtype(Path(), "cpu", dtype)
+    automatic = name == "auto"
+    backend = get_backend("ctranslate2" if automatic else name or "hf")()  # the one that `auto` takes for its type
+    if compute_type is not None and compute_type not in backend.compute_types:
+        known = f"known: {', '.join(backend.compute_types)}" if backend.compute_types else "`ctranslate2` has them"
+        raise UserError(f"decode.compute_type: the {backend.name} backend has no `{compute_type}`; {known}")
+    if compute_type is not None and dtype is not None:
+        raise UserError("decode: give `dtype` or `compute_type`, not both")
+    if device not in (None, "auto"):
+        _check_device(str(device), here=here)
+    if here and not automatic:
+        backend.check_installed()
+
+
+def _check_device(name: str, *, here: bool) -> None:
+    """See that torch has a device, without taking it, for that would hold a GPU's memory while others train."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UserError(f"decode.device: torch knows no device `{name}`") from None
+    if here and kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"decode.device: there is no GPU here for `{name}`")
 
 
 def check_trainings(
@@ -188,12 +252,18 @@ def check_trainings(
 def _check_training(
     recipe: Recipe, run: TrainedRun, options: Mapping[str, Any], records: int | None, processes: int, here: bool
 ) -> None:
-    from convexlm.training_checks import check_settings
+    from convexlm.refusals import refuse_what_cannot_be_honoured
+    from convexlm.training_checks import check_numbers, check_settings
     from convexlm.verbs.train import build_options
 
     # No device is taken here, and none is needed to tell.
     other = {key: value for key, value in options.items() if key not in _OF_DEVICES}
     data, _, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
+    check_numbers(config)
+    try:
+        refuse_what_cannot_be_honoured(config, config.build_objective(), {})
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if _word(config.save_strategy) == "no":
         raise UserError("`save_strategy: no` leaves no checkpoint to decode")
     if _word(config.eval_strategy) != "no" and not data.eval_dataset:

@@ -88,6 +88,10 @@ def check_generated(spec: dict[str, Any]) -> None:
     for key, kinds in (("size", int), ("seed", int), ("noise", (int, float))):
         if key in spec and (isinstance(spec[key], bool) or not isinstance(spec[key], kinds)):
             raise UserError(f"data.dataset: `{key}` is a number, not {spec[key]!r}")
+    if spec.get("size", len(directions)) < len(directions):
+        raise UserError(f"data.dataset: `size` is at least 1 for each of `directions`, not {spec['size']}")
+    if not 0 <= spec.get("noise", 0) <= 1:
+        raise UserError(f"data.dataset: `noise` is a share from 0 to 1, not {spec['noise']}")
 
 
 def generate(spec: dict[str, Any]) -> list[dict[str, Any]]:
