@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +13,10 @@ from convexlm.decoding import Search
 from convexlm.decoding.backends.hf import HuggingFaceBackend
 from convexlm.decoding.generation import loops_differ, others_show, padding_shows, why_not
 from convexlm.errors import UserError
+from decoding_helpers import make_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EOS, PAD = [2], 0
 
@@ -89,3 +93,21 @@ def test_prompts_go_together_where_neither_padding_nor_others_show(
         with pytest.raises(UserError, match="give num_beams 1 and num_return_sequences 1"):
             backend.generate(prompts, Search(num_beams=2, max_new_tokens=8))
     assert [found.log_prob for found in together] == pytest.approx([found.log_prob for found in alone], abs=1e-3)
+
+
+def test_prompts_on_both_sides_of_a_longrope_do_not_go_together(tmp_path: Path):
+    """The longest text of a batch says which angles all have; no short trial shows it."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    wild("phi3", vocab_size=420, rope_parameters=rope, original_max_position_embeddings=16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    backend = HuggingFaceBackend()
+    backend.load(tmp_path, "cpu", "float32")
+    assert backend.why_generate
+    prompts = [list(range(5, 5 + length)) for length in (4, 30, 6, 14)]
+    for search in (Search(max_new_tokens=6), Search(max_new_tokens=6, num_beams=2)):
+        together = backend.generate(prompts, search)
+        for prompt, found in zip(prompts, together, strict=True):
+            (alone,) = backend.generate([prompt], search)
+            assert found.token_ids == alone.token_ids
+            assert found.log_prob == pytest.approx(alone.log_prob, abs=1e-3)

@@ -39,6 +39,8 @@ class HuggingFaceBackend(Backend):
     """Why transformers' `generate` is used; empty where our loops are."""
     one_length: bool = False
     """Whether `generate` is given prompts of one length at a time, since padding would change what it finds."""
+    by_length: bool = False
+    """Whether one length changes another's position angles (Phi-3's longrope), which a short trial does not show."""
     one_prompt: bool = False
     """Whether it is given one prompt at a time, since even others of its length would."""
     prefix: Any = None
@@ -48,7 +50,7 @@ class HuggingFaceBackend(Backend):
         import torch
         from transformers import GenerationConfig
 
-        from convexlm.decoding.generation import loops_differ, others_show, padding_shows, why_not
+        from convexlm.decoding.generation import angles_by_length, loops_differ, others_show, padding_shows, why_not
         from convexlm.decoding.loading import load_model, load_tokenizer
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -63,8 +65,10 @@ class HuggingFaceBackend(Backend):
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         special = {self.pad_id, *self.eos_ids}
         self.why_generate = why_not(self.model) or loops_differ(self.model, special)
-        self.one_length = bool(self.why_generate) and padding_shows(self.model, special, self.pad_id)
-        self.one_prompt = self.one_length and others_show(self.model, special, self.pad_id)
+        self.by_length = angles_by_length(self.model)
+        shows = bool(self.why_generate) and padding_shows(self.model, special, self.pad_id)
+        self.one_length = shows or self.by_length
+        self.one_prompt = shows and others_show(self.model, special, self.pad_id)
         if self.one_prompt:
             _say_alone(self.model.config.model_type)
 
@@ -208,7 +212,7 @@ class HuggingFaceBackend(Backend):
             for prompt, answer in zip(prompts[start:], answers[start:], strict=True):
                 longest = max(longest, len(prompt) + len(answer))
                 shortest = min(shortest, len(prompt))
-                if rows and (rows + 1) * (longest - shortest + 1) * vocabulary > LOGITS_AT_ONCE:
+                if rows and (self.by_length or (rows + 1) * (longest - shortest + 1) * vocabulary > LOGITS_AT_ONCE):
                     break
                 rows += 1
             scores += self._score_rows(prompts[start : start + rows], answers[start : start + rows])

@@ -7,11 +7,12 @@ once, a prompt once and not once a beam, and a finished sentence leaves the batc
 from convexlm.decoding.generation.beam import beam_search
 from convexlm.decoding.generation.greedy import greedy_search, sample
 from convexlm.decoding.generation.probe import loops_differ, others_show, padding_shows
-from convexlm.decoding.generation.rows import Prefix, Rows, why_not
+from convexlm.decoding.generation.rows import Prefix, Rows, angles_by_length, why_not
 
 __all__ = [
     "Prefix",
     "Rows",
+    "angles_by_length",
     "beam_search",
     "greedy_search",
     "loops_differ",

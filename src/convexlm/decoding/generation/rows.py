@@ -51,9 +51,15 @@ def why_not(model: Any) -> str:
         return "its layers keep more, or less, than the keys and values of all positions"
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return f"its attention ({getattr(config, '_attn_implementation', None)}) takes no mask of ours"
-    if _rope_types(getattr(config, "rope_parameters", None)) & set(_ROPE_BY_LENGTH):
+    if angles_by_length(model):
         return "its position angles depend on the prompt's length"
     return ""
+
+
+def angles_by_length(model: Any) -> bool:
+    """Whether a model's position angles depend on the length of the text, which is that of the longest in a batch."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
+    return bool(_rope_types(parameters) & set(_ROPE_BY_LENGTH))
 
 
 def _rope_types(parameters: Any) -> set[str]:
