@@ -112,6 +112,7 @@ def groups(checkpoint):
         ("full", {"packing": True}, "packing was False, not True"),
         ("full", {"per_device_train_batch_size": 8}, "(rows x accumulation x processes) was 4, not 8"),
         ("full", {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy was random, not group_by"),
+        ("dropped", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "was 4 x 1 x 1, not 2 x 2"),
         ("full", {"neftune_noise_alpha": 5}, "neftune_noise_alpha was unset, not 5"),
         ("full", {"model_init_kwargs": '{"attention_dropout": 0.5}'}, "model_init_kwargs was unset, not {'attention_"),
         ("full", {"streaming": True}, "streaming was False, not True"),
@@ -124,7 +125,8 @@ def groups(checkpoint):
     ids=str,
 )  # fmt: skip
 def test_another_training_is_refused_in_one_line(trained, tmp_path, capfd, start, changes, said):
-    first = {"lora": LORA, "full": {}, "streamed": {"streaming": True}}[start]
+    first = {"lora": LORA, "full": {}, "streamed": {"streaming": True},
+             "dropped": {"dataloader_drop_last": True}}[start]  # fmt: skip
     run = half(trained(start, **first), tmp_path / "run")
     capfd.readouterr()
     assert train(run, "--resume", **given(**{**first, **changes})) == 2
@@ -223,11 +225,12 @@ def test_another_schedule_goes_on_at_its_own_place(files, tmp_path, capfd):
 
 def test_with_more_steps_the_schedule_is_that_of_all_of_them(files, tmp_path, capfd):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    assert train(run, **given(max_steps=2, lr_scheduler_type="linear")) == 0
+    assert train(run, **given(max_steps=2, lr_scheduler_type="linear", k_warmup=0.5)) == 0
     capfd.readouterr()
-    then = given(max_steps=4, lr_scheduler_type="linear")
+    then = given(max_steps=4, lr_scheduler_type="linear", k_warmup=0.5)
     assert train(run, "--resume", **then) == 0
-    assert "rate of the next step 0 -> 0.0005 by the schedule from step 2" in capfd.readouterr().err
+    told = "  rate of the next step 0 -> 0.0005 by the schedule, k_warmup 0.5 of 2 -> of 4 steps from step 2\n"
+    assert told in capfd.readouterr().err
     assert train(whole, **then) == 0
     assert Run(run, 4).column("learning_rate")[2:].equal(Run(whole, 4).column("learning_rate")[2:])
 

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader, RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from convexlm import checkpoints, cli, durable
 from convexlm.checkpoints import (
@@ -26,7 +28,7 @@ from convexlm.checkpoints import (
     why_incomplete,
 )
 from convexlm.metrics_file import read_metrics
-from convexlm.sampling import EpochLengthGroupedSampler, set_epoch
+from convexlm.sampling import EpochLengthGroupedSampler, SamplingOrder, set_epoch
 from trainer_helpers import assert_same_weights, make, trained
 from training_helpers import Run, environment, rows, tiny_model, train, words, write_model_files, write_records
 
@@ -409,6 +411,21 @@ def test_a_process_that_skips_batches_has_the_order_of_its_epoch(grouped):
     resumed.set_epoch(1)
     set_epoch(resumed, 1)
     assert [batch.tolist() for batch in resumed] == epochs[1][3:]
+
+
+@pytest.mark.parametrize("split", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (1, 2, 4)])
+def test_grouping_by_length_does_not_depend_on_how_the_batch_is_split(split):
+    rows, accumulated, processes = split
+    sampler = LengthGroupedSampler(rows * accumulated, lengths=list(range(70)))  # as the Trainer makes it
+
+    class OfTheTrainer:
+        def _get_train_sampler(self, train_dataset=None):
+            return sampler
+
+    class Made(SamplingOrder, OfTheTrainer):
+        args = SimpleNamespace(world_size=processes, data_seed=None, seed=1)
+
+    assert list(Made()._get_train_sampler()) == list(EpochLengthGroupedSampler(8, list(range(70)), 1))
 
 
 def test_an_order_that_a_resume_would_not_have_again_is_refused(files, tmp_path, capfd):

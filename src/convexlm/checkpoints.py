@@ -107,6 +107,12 @@ def best_checkpoint(checkpoint: Path, metric: str | None = None, greater: bool |
     return str(path) if path is not None and path.is_dir() else None
 
 
+def planned_steps(checkpoint: Path) -> int | None:
+    """How many steps the training was to have when a checkpoint of it was saved."""
+    steps = _read(checkpoint / "trainer_state.json").get("max_steps")
+    return steps if isinstance(steps, int) else None
+
+
 def best_step(
     history: Iterable[Mapping[str, Any]], metric: str, greater: bool | None, steps: Collection[int] | None = None
 ) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from convexlm.checkpoints import best_checkpoint, best_step
+from convexlm.checkpoints import best_checkpoint, best_step, planned_steps
 from convexlm.errors import UserError
 from convexlm.progress import note
 from convexlm.trainer import ConvexTrainer
@@ -120,6 +120,9 @@ class ContinuingTrainer(ConvexTrainer):
         said = [*_set_rates(optimizer, self.lr_scheduler, rates), *_set_settings(optimizer, given)]
         others = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16")
         said += [f"{key} {changes[key][0]} -> {changes[key][1]}" for key in others if key in changes]
+        before, now = planned_steps(Path(checkpoint)), self.state.max_steps
+        if self.args.k_warmup and before is not None and before != now:
+            said.append(f"k_warmup {self.args.k_warmup:g} of {before} -> of {now} steps")
         if said and self.args.process_index == 0:
             step = Path(checkpoint).name.rsplit("-", 1)[-1]
             note(f"  {', '.join(said)} from step {step}")

@@ -55,7 +55,8 @@ class SamplingOrder:
         sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if type(sampler) is LengthGroupedSampler:
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            return EpochLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
+            # Of the global batch, for the order of a batch that is split otherwise would be another.
+            return EpochLengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
     def _run_epoch(self: Any, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> Any:

@@ -50,6 +50,7 @@ _WORDS = {
     "tokenizer": "the tokenizer",
     "config": "the model's config",
     "global_batch": "the global batch (rows x accumulation x processes)",
+    "split": "the global batch, of which --dataloader_drop_last or batch_rebalance makes an order of its own,",
 }
 # Files above this size are known by parts of them, for a large model or stream should not wait for its hash.
 _WHOLE = 1 << 30
@@ -79,6 +80,10 @@ def training_marker(
         options["packing_strategy"] = args.packing_strategy
     options["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     options["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance":
+        # Then the split says where an epoch ends, or who gets which record.
+        parts = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+        options["split"] = " x ".join(map(str, parts))
     return {
         "prompt": dict(prompt),
         "objective": dict(objective),
