@@ -69,6 +69,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model__config__model_type": "t5"}, "has no causal language model of the type `t5`"),
         ({"model__dtype": "float99"}, "arm `base`: --dtype float99: not a floating type of torch"),
         ({"model__dtype": "int8"}, "arm `base`: --dtype int8: not a floating type of torch"),
+        (
+            {"model__use_peft": True, "arms": {"mle": {"objective": "mle"}}},
+            "arm `mle`: --use_peft: an adapter's checkpoints hold no base, and a new one",
+        ),
         ({"decode__dtype": "float99"}, "unknown dtype `float99`"),
         ({"decode__device": "mars"}, "decode.device: torch knows no device `mars`"),
         ({"decode__compute_type": "int8"}, "the hf backend has no `int8`; `ctranslate2` has them"),

@@ -254,11 +254,13 @@ def _check_training(
 ) -> None:
     from convexlm.refusals import refuse_what_cannot_be_honoured
     from convexlm.training_checks import check_numbers, check_settings
+    from convexlm.training_model import refuse_adapter_on_nothing
     from convexlm.verbs.train import build_options
 
     # No device is taken here, and none is needed to tell.
     other = {key: value for key, value in options.items() if key not in _OF_DEVICES}
-    data, _, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
+    data, model, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
+    refuse_adapter_on_nothing(model, data)
     check_numbers(config)
     try:
         refuse_what_cannot_be_honoured(config, config.build_objective(), {})

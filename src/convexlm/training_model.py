@@ -28,6 +28,7 @@ def check_model(options: ModelConfig, data: DataOptions) -> None:
     if data.config_name:
         if quantized := _quantized(options):
             raise UserError(f"--{quantized}: a new model (--config_name) has no weights to quantize; leave it out")
+        refuse_adapter_on_nothing(options, data)
         if name:
             raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
         return
@@ -54,6 +55,19 @@ def refuse_quantized_training(options: ModelConfig) -> None:
     """
     if (quantized := _quantized(options)) and not options.use_peft:
         raise UserError(f"--{quantized}: quantized weights cannot be trained; give --use_peft true, or leave it out")
+
+
+def refuse_adapter_on_nothing(options: ModelConfig, data: DataOptions) -> None:
+    """See that an adapter has a base that it can be loaded with again.
+
+    Raises:
+        UserError: it is to be trained on a new model, which no checkpoint holds.
+    """
+    if options.use_peft and data.config_name:
+        raise UserError(
+            "--use_peft: an adapter's checkpoints hold no base, and a new one (--config_name) is saved nowhere; train "
+            "a whole model first, and give that as --model_name_or_path"
+        )
 
 
 def _check_adapter(options: ModelConfig) -> None:
