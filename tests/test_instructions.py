@@ -108,10 +108,11 @@ def test_hub_alpaca_gpt4_has_a_text_column_too(tmp_path):
     assert load_records(write(tmp_path / "a.jsonl", row))[0].completion == "3"
 
 
-def test_user_template_sees_other_fields(tmp_path):
-    register_template("with_style", "{style}: {instruction} {input}")
+@pytest.mark.parametrize("field", ["style", "system"])
+def test_user_template_sees_other_fields(tmp_path, field):
+    register_template("with_style", f"{{{field}}}: {{instruction}} {{input}}")
     try:
-        path = write(tmp_path / "a.jsonl", {**ALPACA, "style": "curt"})
+        path = write(tmp_path / "a.jsonl", {**ALPACA, field: "curt", "history": []})
         assert load_records(path, template="with_style")[0].prompt == "curt: Add. 1 2"
     finally:
         del TEMPLATES["with_style"]
@@ -194,6 +195,8 @@ GOOD = json.dumps(ALPACA)
         ('{"instruction": "a", "output": 3}', "line 1: `output` must be text, found a number"),
         ('{"instruction": ["a"], "output": "b"}', "line 1: `instruction` must be text, found a list"),
         ('{"instruction": "a", "input": 3, "output": "b"}', "`input` must be text, found a number"),
+        ('{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "`history` is not in the prompt of the"),
+        ('{"instruction": "a", "output": "b", "system": "c"}', "`system` is not in the prompt of the template"),
         ('{"instruction": null, "output": "b"}', "`instruction` and `input` are both empty"),
         ('{"prefix": "a", "text": "</s>"}', "no answer before its"),
         ('{"prefix": "a"}', "no output: the key `text` is missing"),
@@ -237,10 +240,13 @@ def test_bad_messages(tmp_path):
         ([{"content": "a"}, answer], "message 1 must be an object with a `role`"),
         ("text", "must be a list of messages"),
         ([user, {**answer, "reasoning_content": "hm"}], "the answer's `reasoning_content` would be left out"),
+        ([user, {**answer, "weight": 0}], "the answer's own `weight` would be left out"),
         ([user, {**answer, "tool_calls": [{"type": "function"}]}], "the answer's `tool_calls` would be left out"),
     ]:
         with pytest.raises(UserError, match=message):
             load_records(write(tmp_path / "m.jsonl", {"messages": messages}), template="chat")
+    with pytest.raises(UserError, match="`system` is not handed to the chat template here"):
+        load_records(write(tmp_path / "m.jsonl", {"messages": MESSAGES, "system": "S"}), template="chat")
     with pytest.raises(UserError, match="records of messages need the template `chat`, not `alpaca`"):
         load_records(write(tmp_path / "m.jsonl", {"messages": MESSAGES}))
     with pytest.raises(UserError, match="used as it is; for the template `chat`"):

@@ -124,7 +124,19 @@ def _from_fields(row: Mapping[str, Any], template: Template, fields: dict[str, s
     """Fill the template; the record's other texts are fields too, so a user's template may ask for any of them."""
     others = {key: value for key, value in row.items() if isinstance(value, str) and key != "output"}
     completion = _answer(row, "output")
-    return Record(template.fill({**others, "input": _optional_text(row, "input"), **fields}), completion)
+    given = {**others, "input": _optional_text(row, "input"), **fields}
+    prompt = template.fill(given)
+    for key in _OF_DIALOGUES:
+        if row.get(key) and (key not in others or template.fill({**given, key: ""}) == prompt):
+            raise UserError(
+                f"`{key}` is not in the prompt of the template `{template.name}` and would be left out; write the "
+                "record as `messages`, or take it away"
+            )
+    return Record(prompt, completion)
+
+
+# What some datasets have beside an instruction or messages.
+_OF_DIALOGUES = ("system", "history")
 
 
 @register_format("prefix_text", ("prefix", "text"))
@@ -156,7 +168,7 @@ def _read_messages(row: Mapping[str, Any], template: Template) -> Record:
 
 def _refuse_template_settings(row: Mapping[str, Any]) -> None:
     """What TRL hands to the chat template beside the messages, and decoding would not have."""
-    for key in ("tools", "chat_template_kwargs"):
+    for key in ("tools", "chat_template_kwargs", *_OF_DIALOGUES):
         if row.get(key):
             raise UserError(
                 f"`{key}` is not handed to the chat template here; write it into the messages, or train with "
@@ -179,6 +191,8 @@ def _from_messages(messages: list[Any], template: Template, key: str) -> Record:
     for name in ("reasoning_content", "thinking", "reasoning", "tool_calls"):
         if messages[-1].get(name):
             raise UserError(f"the answer's `{name}` would be left out; write it into `content`, or take it away")
+    if messages[-1].get("weight", 1) not in (1, None):
+        raise UserError("the answer's own `weight` would be left out; give it to the record, beside the messages")
     # Tables fill keys that a message lacks with null; a chat template would take them for given.
     turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages[:-1]]
     prompt = "\n\n".join(turn["content"] for turn in turns)
