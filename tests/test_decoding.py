@@ -333,6 +333,9 @@ def test_the_hash_covers_what_changes_answers_only(tmp_path: Path):
     assert after != before
     (model / "tokenizer.json").write_text("{}")
     assert checkpoint_sha256(model) not in (before, after)
+    whole = checkpoint_sha256(model)
+    (model / "qwen.tiktoken").write_text("IQ== 0")
+    assert checkpoint_sha256(model) != whole
 
 
 def test_unknown_names_are_refused(tmp_path: Path):

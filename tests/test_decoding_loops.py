@@ -24,6 +24,7 @@ from convexlm.decoding.batching import common_head
 from convexlm.decoding.generation import Prefix, Rows, beam_search, greedy_search, why_not
 from convexlm.decoding.generation.rules import Rules
 from convexlm.decoding.ngrams import NoRepeatNgrams
+from convexlm.errors import UserError
 from decoding_helpers import SOURCES, make_checkpoint, make_job, prompt_ids
 
 if TYPE_CHECKING:
@@ -238,3 +239,11 @@ def test_a_trained_model_gives_its_nbest_in_order(tmp_path: Path):
     assert [row["hypothesis"] for row in read(plain.output_file)] == [
         row["hypothesis"] for row in read(job.output_file)
     ]
+
+
+@pytest.mark.parametrize("options", [{"length_penalty": -9.0}, {"no_repeat_ngram_size": 1}], ids=str)
+def test_a_beam_search_that_finishes_nothing_is_one_line(options: dict[str, Any]):
+    model = tiny("llama")
+    search = Search(num_beams=2, max_new_tokens=40, early_stopping="never", min_new_tokens=40, **options)
+    with pytest.raises(UserError, match="nothing finished.*length_penalty"):
+        by_us(model, random_prompts(0, count=3), search)

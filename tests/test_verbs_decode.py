@@ -165,6 +165,8 @@ def test_bad_input_is_one_line(tmp_path: Path, sources: Path, capsys: pytest.Cap
         (words(model, sources, out, *pair, "--documents", "a.csv"), "not allowed with argument --sources"),
         (words(model, sources, tmp_path / "empty" / "out.jsonl", *pair), "empty/out.jsonl"),
         (words(model, sources, tmp_path, *pair), "is a folder"),
+        (words(model, sources, tmp_path / f"{'x' * 240}.jsonl", *pair), "a name of at most 237 bytes"),
+        (words(model, sources, out, *pair, "--revision", "main"), "--revision is of a hub name"),
     ]
     for argv, message in cases:
         assert message in refused(capsys, argv), argv

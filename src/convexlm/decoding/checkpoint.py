@@ -11,7 +11,7 @@ from convexlm.files import file_sha256, json_sha256, read_json_object
 # Everything that can change what a checkpoint answers; optimizer states and logs are not among it.
 _PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json"),
-    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "chat_template*", "*.py"),
+    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "chat_template*", "*.py"),
 )
 _VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _NAMES = ("convexlm.json", "special_tokens_map.json", "added_tokens.json")

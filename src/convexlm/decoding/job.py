@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from convexlm.decoding.search import Search
     from convexlm.tokenization import PromptSettings
+
+
+LONGEST_NAME = 237
+"""Of an output file, in bytes: a file system takes 255, and the meta record has 18 more while it is written."""
 
 
 class Sentences(Protocol):
@@ -50,7 +55,7 @@ class DecodeJob:
             the translation instruction.
 
     Raises:
-        UserError: the output file's name does not end in `.jsonl`.
+        UserError: the output file's name does not end in `.jsonl`, or is too long for the files beside it.
     """
 
     test_set: Sentences
@@ -63,6 +68,8 @@ class DecodeJob:
         if self.output_file.suffix != ".jsonl" and not self.output_file.is_dir():  # which is told later
             # By the name it is read again, and its meta record's name follows from it.
             raise UserError(f"{self.output_file}: give the output file a name that ends in .jsonl")
+        if len(os.fsencode(self.output_file.name)) > LONGEST_NAME:
+            raise UserError(f"{self.output_file}: give the output file a name of at most {LONGEST_NAME} bytes")
 
     @property
     def name(self) -> str:

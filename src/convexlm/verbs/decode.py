@@ -160,6 +160,8 @@ def _run(args: argparse.Namespace, leader: Leader | None) -> dict[str, Any]:
     from convexlm.decoding.job import DecodeJob
     from convexlm.decoding.run import decode_jobs
 
+    if args.revision is not None and Path(args.model_name_or_path).exists():
+        raise UserError(f"--revision is of a hub name, and {args.model_name_or_path} is a folder here: leave it out")
     checkpoint = find_checkpoint(args.model_name_or_path, revision=args.revision)
     settings, note = _prompt_settings(checkpoint, args.template)
     job = DecodeJob(test_set, search, Path(args.output_file), settings, instruction)

@@ -10,6 +10,7 @@ from convexlm.decoding.backends.base import Hypothesis
 from convexlm.decoding.generation.greedy import DROPPED_AT_ONCE
 from convexlm.decoding.generation.rows import Prefix, Rows
 from convexlm.decoding.generation.rules import Rules
+from convexlm.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,9 @@ def beam_search(
 
     Candidates, scores in float32, length penalty, `early_stopping` and the order of ties of the best are those of
     transformers' beam search. Log-probabilities are the model's own: the rules only take tokens out.
+
+    Raises:
+        UserError: a search ends before anything has finished, where transformers returns what no search found.
     """
     beams = search.num_beams
     rows = Rows(model, prompts, pad_id, prefix, beams)
@@ -116,6 +120,11 @@ def beam_search(
         rules.take(source.flatten())
         rules.append(tokens.flatten())
         rows.step(tokens, parents)
+    if any(not own.entries and owner not in put_off for owner, own in enumerate(finished)):
+        raise UserError(
+            f"a beam search ended with nothing finished: its rules leave no token, or length_penalty "
+            f"{search.length_penalty} takes the scores out of range"
+        )
     ending = set(eos_ids)
     return [
         None
