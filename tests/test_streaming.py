@@ -130,6 +130,12 @@ def test_shuffling_draws_each_record_once_and_in_another_order_each_pass(files):
     assert list(shuffled([], 4, Random(0))) == []
 
 
+def test_a_stream_without_a_weight_ends_at_its_end(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "completion": "w2", "weight": 0}\n' * 3)
+    with pytest.raises(UserError, match="every record has the weight 0"):
+        list(itertools.islice(stream(tmp_path / "data.jsonl")(), 4))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

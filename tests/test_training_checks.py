@@ -14,6 +14,7 @@ from convexlm.collator import check_weight
 from convexlm.errors import UserError
 from convexlm.instructions import load_records
 from convexlm.metrics_file import read_metrics
+from convexlm.training_checks import say_if_the_same
 from training_helpers import WORDS, tiny_model, tiny_tokenizer, train, write_model_files, write_records
 
 
@@ -191,6 +192,17 @@ def test_the_whole_evaluation_set_is_evaluated_however_few_records_are_trained_o
             line["eval_num_target_tokens"] for line in read_metrics(tmp_path / str(records)) if "eval_loss" in line
         ]
     assert found[0] == found[1]
+
+
+def test_evaluating_on_the_training_data_is_told(files, tmp_path, capfd):
+    shutil.copyfile(files / "data.jsonl", files / "copied.jsonl")
+    made = {"eval_strategy": "steps", "max_steps": 1}
+    for name, told in (("copied.jsonl", True), ("eval.jsonl", False)):
+        assert run(files, tmp_path / name, eval_dataset=name, **made) == 0
+        assert (f"  {name}: what is evaluated on is what is trained on\n" in capfd.readouterr().err) is told
+    for content, told in ((None, True), ("a", True), ("b", False)):  # of names on the hub, and by content
+        say_if_the_same({"name": "hub/data", "content": "a"}, {"name": "hub/data", "content": content})
+        assert bool(capfd.readouterr().err) is told
 
 
 @pytest.mark.parametrize("key", ["tools", "chat_template_kwargs"])

@@ -76,7 +76,7 @@ class RecordStream:
         records = self._records()
         if self.shuffle_buffer > 1:
             records = shuffled(records, self.shuffle_buffer, Random(f"{self.seed}/{epoch}"))
-        rows = truncated = start = dropped = 0
+        rows = truncated = start = dropped = weighed = 0
         named: list[str] = []
         while batch := list(itertools.islice(records, _BATCH)):
             if not self._looked and (said := said_of_special_text(batch, self.tokenizer, self.template)):
@@ -87,12 +87,15 @@ class RecordStream:
             rows += len(done.rows)
             truncated += done.truncated
             dropped += len(done.dropped)
+            weighed += sum(row["weight"] > 0 for row in done.rows)
             named += done.dropped[: 5 - len(named)]
             yield from done.rows
         if not start:
             raise no_records(self.dataset)
         if not rows:
             raise nothing_left(named, start, self.max_length)
+        if not weighed:
+            raise UserError(f"{self.dataset}: every record has the weight 0, so there is nothing to train on")
         if not self._told and (dropped or truncated):
             note(
                 f"  {self.dataset}: one pass had {start} records, {dropped} dropped for their prompts alone fill "

@@ -30,6 +30,7 @@ from convexlm.training_checks import (
     check_rows,
     check_settings,
     check_weights,
+    say_if_the_same,
 )
 from convexlm.training_marker import content_of, model_identity, training_marker
 from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
@@ -156,6 +157,8 @@ def _train_in(
         prepared = _prepared(data.eval_dataset, data, args, tokenizer, settings, None)
         eval_dataset, evaluation = prepared.dataset, _identity_of(data.eval_dataset, prepared)
         check_weights(eval_dataset, data.eval_dataset, "evaluate on")
+        if args.process_index == 0:
+            say_if_the_same(identity["dataset"], evaluation)
     if not (data.streaming or args.packing or args.eval_packing or args.padding_free or args.shuffle_dataset):
         # The rows are as long as they may be, and each has a target: TRL would copy them all to find out.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}

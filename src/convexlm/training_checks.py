@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from convexlm.errors import UserError
+from convexlm.progress import note
 from convexlm.training_model import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from convexlm.config import ConvexConfig
     from convexlm.training import DataOptions
 
@@ -201,6 +204,18 @@ def check_weights(dataset: Any, name: str, purpose: str = "train on") -> None:
     """
     if not pc.max(dataset.data.column("weight")).as_py():
         raise UserError(f"{name}: every record has the weight 0, so there is nothing to {purpose}")
+
+
+def say_if_the_same(trained_on: Mapping[str, Any], evaluated_on: Mapping[str, Any]) -> None:
+    """Tell that evaluations are of the training data: of a folder or hub name the split `train` is taken for both.
+
+    Args:
+        trained_on: `name` and `content` of the one.
+        evaluated_on: of the other.
+    """
+    known = [data["content"] for data in (trained_on, evaluated_on)]
+    if known[0] == known[1] if None not in known else trained_on["name"] == evaluated_on["name"]:
+        note(f"  {evaluated_on['name']}: what is evaluated on is what is trained on")
 
 
 def check_generation_config(generation_config: Any, where: str = "the model's generation_config.json") -> None:
