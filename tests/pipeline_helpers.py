@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
         "mle": {"objective": "mle", "init_from": "base"},
         "convex": {"objective": "convex", "k": 1.0, "init_from": "base"},
     },
-    "test_sets": [{"name": "toy", "kind": "tinyworld", "pairs": ["en-de", "en-zh"], "size": 6, "seed": 5}],
+    "test_sets": [{"name": "toy", "kind": "tinyworld", "pairs": ["en-de", "en-zh"], "size": 3, "seed": 5}],
     "decode": {
         "checkpoints": "all",
         "batch_size": 2,

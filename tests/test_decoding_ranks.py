@@ -89,7 +89,7 @@ def test_a_launcher_gives_the_bytes_of_one_process(
 @pytest.mark.slow
 def test_a_rank_that_dies_loses_nothing(checkpoint: Path, tmp_path: Path, one_thread: None):
     """Rank 1 dies: the others do its share. Rank 0 dies: the next run does, alone."""
-    many = [f"{source} {number}" for number in range(8) for source in SOURCES]
+    many = [f"{source} {number}" for number in range(4) for source in SOURCES]
     more = ("--batch_size", "1", "--num_beams", "4")
     assert main(words(checkpoint, tmp_path, "whole.jsonl", *more, sources=many)) == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()

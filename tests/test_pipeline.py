@@ -85,7 +85,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     assert len(decoded) == 2 * 2 * 2 * 2 * 2
     for path in decoded:
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        assert [row["id"] for row in rows] == [str(number) for number in range(6)]
+        assert [row["id"] for row in rows] == [str(number) for number in range(3)]
         assert path.with_suffix(".meta.json").is_file()
     assert folder.report.is_file() and "<html" in folder.report.read_text()
     assert not list((finished / "run").rglob("*.part")) and not list((finished / "run").rglob("*.tmp"))
@@ -375,11 +375,11 @@ def test_a_recipe_that_got_another_seed_and_arm_goes_on_with_what_is_done(tmp_pa
 
 
 def test_a_validation_set_that_is_the_test_set_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    same = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 6, "seed": 5}]
+    same = [{"name": "dev", "kind": "tinyworld", "pairs": ["en-de"], "size": 3, "seed": 5}]
     write_recipe(tmp_path, recipe_with(selection="validation", validation_sets=same))
     with _chdir(tmp_path):
         assert cli.main(["run", "tiny.yaml", "--run_dir", "run"]) == 2
-    assert "6 of its 6 sentence pairs are in the test set `toy`" in capfd.readouterr().err
+    assert "3 of its 3 sentence pairs are in the test set `toy`" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
