@@ -62,6 +62,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"arms__mle__dataset": "nosuch.jsonl"}, "arm `mle`: dataset nosuch.jsonl: no such file"),
         ({"data__dataset__directions": ["en-xx"]}, "data.dataset: tinyworld has no direction en-xx"),
         ({"data__dataset__size": "10"}, "data.dataset: `size` is a number, not '10'"),
+        ({"model": {"model_name_or_path": "./nosuch"}}, "model.model_name_or_path ./nosuch: no such folder"),
         ({"data__dataset__size": 0}, "data.dataset: `size` is at least 1 for each of `directions`, not 0"),
         ({"data__dataset__noise": 1.5}, "data.dataset: `noise` is a share from 0 to 1, not 1.5"),
         ({"model__config__hidden_size": 33}, "model.config: Class validation error"),

@@ -52,6 +52,7 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
         ({"score__metric": []}, "key in `score`: `metric`; did you mean `metrics`?"),
         ({"data__dataset": None}, "`data.dataset` is missing"),
         ({"model": {"tokenizer": "x"}}, "`model` needs `model_name_or_path`"),
+        ({"model__model_name_or_path": "x"}, "`model` has `model_name_or_path` and `config`"),
         ({"arms": None}, "`arms` is missing"),
         ({"arms": {}}, "`arms` is missing"),
         ({"arms": {"a b": {"objective": "mle"}}}, "arm 'a b'"),

@@ -141,6 +141,8 @@ def check_files(recipe: Recipe) -> dict[str, int]:
         raise UserError(NO_CORPUS)
     spelled_config(recipe)
     model = recipe.model.get("model_name_or_path")
+    if model and model.startswith(("/", "./", "../")) and not Path(model).exists():
+        raise UserError(f"model.model_name_or_path {model}: no such folder")
     if model and Path(model).exists():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")

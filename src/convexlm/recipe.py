@@ -160,6 +160,8 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         raise wrong("`data.dataset` is missing: a file, a hub name, or {kind: tinyworld, ...}")
     if not raw["model"].get("model_name_or_path") and not raw["model"].get("config"):
         raise wrong("`model` needs `model_name_or_path` (a checkpoint) or `config` (for a new model)")
+    if raw["model"].get("model_name_or_path") and raw["model"].get("config"):
+        raise wrong("`model` has `model_name_or_path` and `config`; set the one that is not meant to null")
     for section in ("model", "data"):
         check_types(raw[section], f"{section}.", wrong)
     if not isinstance(raw.setdefault("train", {}), dict):
