@@ -117,6 +117,7 @@ def test_an_export_writes_over_nothing_but_an_export(
         ("[1]", "expected what `comet-score --to_json` writes"),
         ('{"a": []}', "no segments under `a`"),
         ('{"a": [{"src": "x", "mt": "y"}]}', "segment 1: needs the texts `src`, `mt` and a number `COMET`"),
+        ('{"a": [{"src": "x", "mt": "y", "COMET": NaN}]}', "segment 1: needs the texts `src`, `mt` and a number"),
         ('{"a": [{"src": "x", "mt": "y", "COMET": 0.5}]}', "those of no decode file"),
         ("{", "not valid JSON"),
     ],
@@ -139,3 +140,12 @@ def test_plain_text_needs_its_sources(made: Run, tmp_path: Path, capfd: pytest.C
     (tmp_path / "short.txt").write_text("one\n")
     assert cli.main([*words, "--sources", str(tmp_path / "short.txt")]) == 2
     assert "24" in capfd.readouterr().err and not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_blank_reference_is_none_as_in_the_scores(tmp_path: Path) -> None:
+    for name, text in {"h": "a\nb\nc\n", "r1": "\nx\n \n", "r2": "y\nz\n\n"}.items():
+        (tmp_path / name).write_text(text)
+    files = {name: str(tmp_path / name) for name in ("h", "r1", "r2")}
+    words = ["score", "--hypotheses", files["h"], "--references", files["r1"], files["r2"], "--target_lang", "de"]
+    assert cli.main([*words, "--sources", files["h"], "--export_comet", str(tmp_path / "x.jsonl")]) == 0
+    assert (tmp_path / "x.ref").read_text() == "y\nx\n\n"

@@ -11,6 +11,7 @@ end up with another system's output.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def read_comet(path: str | Path) -> list[list[dict[str, Any]]]:
             raise UserError(f"{path}: no segments under `{name}`")
         for number, row in enumerate(segments, start=1):
             texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("src", "mt"))
-            if not texts or isinstance(row.get("COMET"), bool) or not isinstance(row.get("COMET"), (int, float)):
+            value = row.get("COMET") if texts else None
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UserError(
                     f"{path}, `{name}`, segment {number}: needs the texts `src`, `mt` and a number `COMET`"
                 )

@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         sources = _read_sources(args)
         inputs = [args.hypotheses, *args.references, *filter(None, [args.sources])]
-        exported = {"comet": export_comet(args.export_comet, sources, hypotheses, references[0], inputs)}
+        # The first that a sentence has: a blank line among several references is none.
+        first = [next(filter(str.strip, texts), "") for texts in zip(*references, strict=True)]
+        exported = {"comet": export_comet(args.export_comet, sources, hypotheses, first, inputs)}
     elif args.sources:
         raise UserError("--sources is read for --export_comet only")
     return {
