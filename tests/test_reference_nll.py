@@ -129,6 +129,23 @@ def test_a_reference_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: p
     assert sum(row["num_sentences"] for row in rows) == SIZE - 1
 
 
+def test_the_first_reference_that_a_sentence_has_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path, monkeypatch)
+    first, second = run.test_sets[0].references[0], spell(3, 9)
+    wanted = by_hand(run, tmp_path / "base")
+    run.test_sets[0].references.append(second)
+    first[3], first[5], second[5], second[0] = "", " ", "", ""
+    run.write()
+    run.evaluate()
+    (file,) = run.folder.data.glob("reference_nll.*.json")
+    found = json.loads(file.read_text())["nll"]
+    assert found.pop(5) is None
+    first[:] = [mine if mine.strip() else other for mine, other in zip(first, second, strict=True)]
+    assert found[3] == pytest.approx(by_hand(run, tmp_path / "base")[3], rel=1e-4)
+    kept = [value for at, value in enumerate(found) if at != 3]
+    assert kept == pytest.approx([value for at, value in enumerate(wanted) if at not in (3, 5)], rel=1e-4)
+
+
 def test_equal_values_are_one_part(tmp_path: Path) -> None:
     run = Run(tmp_path, seeds=[1])
     run.write()

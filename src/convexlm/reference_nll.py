@@ -14,6 +14,7 @@ from convexlm.errors import UserError
 from convexlm.files import json_sha256, text_sha256, write_atomic
 from convexlm.progress import note
 from convexlm.runs import DONE_FILE, TrainedRun, read_done, run_name
+from convexlm.scoring import first_references
 from convexlm.sweep import read_instruction
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReferenceNll:
-    """The measure, by (test set, pair, seed): a value a sentence, in nats a target token; None for one too long.
+    """The measure, by (test set, pair, seed): a value a sentence, in nats a target token.
 
     Attributes:
-        values: empty where there is no model to measure with.
+        values: None for a sentence that is too long or has no reference; empty where there is no model to measure
+            with.
         base: the model, as the recipe names it.
         reason: why there are no values.
     """
@@ -98,7 +100,7 @@ def _measured(recipe: Recipe, folder: RunFolder, base: Path, test_sets: Sequence
     for one in test_sets:
         if not one.references:
             raise UserError(f"test set `{one.name}`, {one.pair}: there are no references")
-        key = json_sha256([*asked, one.pair, text_sha256(one.sources), text_sha256(one.references[0])])
+        key = json_sha256([*asked, one.pair, text_sha256(one.sources), text_sha256(first_references(one.references))])
         files.append(folder.data / f"reference_nll.{one.name}.{one.pair}.{key[:12]}.json")
     known = [_read(path, len(one.sources)) for path, one in zip(files, test_sets, strict=True)]
     if all(values is not None for values in known):
@@ -145,19 +147,22 @@ def _load(recipe: Recipe, folder: RunFolder, base: Path, device: str, dtype: str
 
 
 def _values(model: Any, tokenizer: Any, settings: Any, instruction: str | None, test_set: TestSet) -> list[Any]:
-    """The mean negative log-probability of every first reference and its EOS, given the prompt that is decoded."""
+    """The mean negative log-probability of every first reference and its EOS, given the prompt that is decoded.
+
+    None for a sentence without one, or whose row is longer than the model's positions.
+    """
     from convexlm.decoding import DecodeJob, Search
     from convexlm.diagnosis.measure import measure
     from convexlm.instructions import Record
     from convexlm.tokenization import answer_end, tokenize_records
 
     job = DecodeJob(test_set, Search(), Path("unused.jsonl"), settings, instruction)
-    pairs = zip(job.prompts(), test_set.references[0], strict=True)
-    records = [Record(prompt, reference, id=str(number)) for number, (prompt, reference) in enumerate(pairs)]
+    pairs = enumerate(zip(job.prompts(), first_references(test_set.references), strict=True))
+    records = [Record(prompt, text, id=str(number)) for number, (prompt, text) in pairs if text]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokenized = tokenize_records(records, tokenizer, settings, None)
     rows = [row for row in tokenized.rows if not positions or len(row["input_ids"]) <= positions]
-    values: list[float | None] = [None] * len(records)
+    values: list[float | None] = [None] * len(test_set.sources)
     if rows:
         means = measure(model, rows, eos_token_id=answer_end(tokenizer, settings)).m
         for row, mean in zip(rows, means, strict=True):

@@ -284,6 +284,11 @@ def _with_gaps(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     return [list(stream) for stream in zip(*rows, strict=True)]
 
 
+def first_references(references: Sequence[Sequence[str]]) -> list[str]:
+    """Of every segment the first reference with text, for what takes a single one; empty where none has any."""
+    return [next(filter(str.strip, texts), "") for texts in zip(*references, strict=True)]
+
+
 def _remember(metric: Any) -> None:
     """Have a sacreBLEU metric keep the sentence statistics of every list of hypotheses that it has seen."""
     extract, kept = metric._extract_corpus_statistics, {}

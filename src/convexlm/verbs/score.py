@@ -45,7 +45,7 @@ def make_parser(prog: str) -> VerbParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, check and score the files that `args` names."""
     from convexlm.errors import UserError
-    from convexlm.scoring import Scorer
+    from convexlm.scoring import Scorer, first_references
     from convexlm.segments import check_aligned, read_segments
 
     if args.n_samples is not None and not args.confidence:
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         sources = _read_sources(args)
         inputs = [args.hypotheses, *args.references, *filter(None, [args.sources])]
-        # The first that a sentence has: a blank line among several references is none.
-        first = [next(filter(str.strip, texts), "") for texts in zip(*references, strict=True)]
+        first = first_references(references)
         exported = {"comet": export_comet(args.export_comet, sources, hypotheses, first, inputs)}
     elif args.sources:
         raise UserError("--sources is read for --export_comet only")
