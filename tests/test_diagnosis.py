@@ -466,6 +466,17 @@ def test_a_named_k_is_offered_only_if_smaller():
     assert "take mle_mix 0.1" in mixed
 
 
+def test_a_k_that_makes_weights_more_even_is_smaller_for_convex_and_larger_for_power():
+    sure_of_one = [0.9999999] + [0.2] * 299
+    assert (
+        "Take a k nearer to 1 or mle_mix"
+        in _told(analysed(flat_sample(sure_of_one), "power", k=0.1))["few-carry"].advice
+    )
+    convex = _told(analysed(flat_sample(sure_of_one), "convex", k=8.0))
+    assert "Take a smaller k or mle_mix" in convex["few-carry"].advice
+    assert "take a smaller k, mle_mix" in convex["get-nothing"].advice
+
+
 def test_maximum_likelihood_and_objectives_of_ones_own_are_analysed(monkeypatch):
     from dataclasses import dataclass
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from convexlm.diagnosis.rules import Facts
 
 
+_GENTLER = {"convex": "a smaller k", "power": "a k nearer to 1"}  # what makes weights more even
+
+
 @dataclass(frozen=True)
 class Advice:
     """One piece of advice: `rule` is its name, `objective` the label it is about ("" for the data as a whole)."""
@@ -89,6 +92,7 @@ def _objective_facts(entry: dict[str, Any], analysis: dict[str, Any]) -> Facts:
     )
     return {
         "family": settings["name"],
+        "gentler": _GENTLER.get(settings["name"], "a flatter weight"),
         "level": settings["level"],
         "mle_mix": settings["mle_mix"],
         "k": entry["k"],

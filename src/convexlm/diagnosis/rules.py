@@ -148,7 +148,7 @@ RULES = (
         "objective",
         lambda f: f["ess"] < 0.3,
         "The weights are as uneven as if {ess:.0%} of the {units} carried the gradient, equally, and the others none.",
-        "Take a smaller k or mle_mix, or larger batches; a larger learning rate does not mend it.",
+        "Take {gentler} or mle_mix, or larger batches; a larger learning rate does not mend it.",
         "A larger step scales all weights alike; the effective sample size (Σw)²/(nΣw²) stays as it is, and with it "
         "the noise of a batch's gradient.",
         DERIVED,
@@ -178,7 +178,7 @@ RULES = (
     Rule(
         "large-weights",
         "objective",
-        lambda f: f["weight_max"] > 5 or f["update_ratio"] > 2,
+        lambda f: f["family"] == "power" and (f["weight_max"] > 5 or f["update_ratio"] > 2),
         "Weights reach {weight_max:.3g} (mean {update_ratio:.2g}), on the {units} that the model is surest of.",
         "Take a k nearer to 1, keep gradient clipping on, or lower the learning rate.",
         "The weight of power, (-m)^(k-1), grows without end as p̄ nears 1, up to a bound set for numerical reasons.",
@@ -190,7 +190,7 @@ RULES = (
         lambda f: f["nothing_share"] > 0.02,
         "{nothing_count} records ({nothing_share:.0%}) get a weight below {nothing_below:g}: they are passed over.",
         "Read the most neglected records. If they are wrong, that is what the objective is for; if they are what you "
-        "want learned, take a smaller k, mle_mix or an MLE phase.",
+        "want learned, take {gentler}, mle_mix or an MLE phase.",
         "Unlikely to the model may mean wrong, or merely new. The weight cannot tell one from the other.",
         DERIVED,
     ),
@@ -274,7 +274,7 @@ RULES = (
         lambda f: f["lowest_rise"] > 0.1,
         "In the tenth that was least likely before, the NLL rose by {lowest_rise:.2f} to {lowest_after:.2f} nats a "
         "token.",
-        "Read those records. If they are wanted, take a smaller k, mle_mix or a stage of MLE.",
+        "Read those records. If they are wanted, take a k nearer to MLE, mle_mix or a stage of MLE.",
         "They had the smallest weights; what is gained on likely answers is taken from them.",
         DERIVED,
     ),
