@@ -137,6 +137,7 @@ def _check_optimizer(args: ConvexConfig) -> None:
         pass
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
+    _check_schedule(args)
     steps = 100
     try:
         get_scheduler(
@@ -151,6 +152,21 @@ def _check_optimizer(args: ConvexConfig) -> None:
         raise UserError(
             f"--lr_scheduler_type {schedule} with its --lr_scheduler_kwargs: {first_line(error)}"
         ) from None
+
+
+def _check_schedule(args: ConvexConfig) -> None:
+    """See that what transformers hands to some schedules alone is given for one of them."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    if args.warmup_steps >= 1 and args.warmup_steps != int(args.warmup_steps):
+        raise UserError(f"--warmup_steps is a number of steps or, below 1, a share of them; not {args.warmup_steps}")
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if args.lr_scheduler_kwargs and schedule.startswith("constant"):
+        raise UserError(f"--lr_scheduler_kwargs: the schedule {schedule} takes none; leave them out")
+    make = TYPE_TO_SCHEDULER_FUNCTION.get(args.lr_scheduler_type)
+    if args.warmup_steps and make is not None and "num_warmup_steps" not in inspect.signature(make).parameters:
+        hint = "constant_with_warmup, or another" if schedule == "constant" else "another --lr_scheduler_type"
+        raise UserError(f"--warmup_steps: the schedule {schedule} has no warmup; give {hint}, or leave it out")
 
 
 def _checkpointing_names() -> set[str]:
