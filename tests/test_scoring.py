@@ -223,6 +223,15 @@ def test_a_blank_line_of_one_stream_is_a_missing_reference(metric):
     assert one("bleu", ["a", "b c"], [["", "b c"], ["", "b c d"]]).signature.startswith("nrefs:2")
 
 
+@pytest.mark.parametrize("metric", ["rouge1", "rougeLsum"])
+def test_rouge_leaves_out_a_missing_reference_too(metric):
+    hypotheses, first = ["the cat sat. On the mat.", "a dog"], ["the cat. It sat.", ""]
+    second = ["", "a dog runs"]
+    alone = one(metric, hypotheses, [["the cat. It sat.", "a dog runs"]])
+    score = one(metric, hypotheses, [first, second])
+    assert score.score == alone.score and score.signature == alone.signature
+
+
 def test_other_lengths_are_refused_with_both_counts():
     with pytest.raises(UserError, match="hypotheses has 2 lines but reference 1 has 3"):
         score_corpus(HYPOTHESIS[:2], [REFERENCE], "en")

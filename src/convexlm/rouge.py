@@ -49,7 +49,7 @@ class Rouge(Metric):
     Args:
         kind: `rouge1`, `rouge2` or `rougeLsum`.
         stemmer: apply the English Porter stemmer.
-        references: reference streams, kept for all systems that are scored against them.
+        references: reference streams, None where one has none, kept for all systems that are scored against them.
 
     Raises:
         UserError: the references are in a script that rouge-score's tokenizer (`a-z0-9`) drops.
@@ -57,7 +57,7 @@ class Rouge(Metric):
 
     _SIGNATURE_TYPE = RougeSignature
 
-    def __init__(self, kind: str, *, stemmer: bool, references: Sequence[Sequence[str]]) -> None:
+    def __init__(self, kind: str, *, stemmer: bool, references: Sequence[Sequence[Any]]) -> None:
         super().__init__()
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -85,8 +85,9 @@ class Rouge(Metric):
         return self._compute_score_from_stats([sum(column) for column in zip(*stats, strict=True)])
 
 
-def _check_script(references: Sequence[Sequence[str]]) -> None:
-    letters = [mark for stream in references for line in stream for mark in line.lower() if mark.isalnum()]
+def _check_script(references: Sequence[Sequence[str | None]]) -> None:
+    lines = [line for stream in references for line in stream if line is not None]
+    letters = [mark for line in lines for mark in line.lower() if mark.isalnum()]
     kept = sum(1 for mark in letters if re.match("[a-z0-9]", mark))
     if letters and kept < len(letters) / 2:
         raise UserError(
