@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from convexlm.report.data import read_run
-from convexlm.report.findings import main_table
+from convexlm.report.findings import headline, main_table
 from convexlm.report.svg import spread, ticks
 from convexlm.report.text import delta_text, script_json, visible
-from convexlm.tables import signed
+from convexlm.scoring import METRICS
+from convexlm.tables import TITLES, signed
 from report_helpers import make_run
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
     assert delta_text(None, "bleu") == delta_text(math.nan, "bleu") == "–"
     assert signed(-0.004) == signed(0.0) == "0.00" and signed(-0.004, 4) == "-0.0040"
     assert [signed(x) for x in (-0.005001, 0.3, -math.inf)] == ["-0.01", "+0.30", "-inf"]
+
+
+def test_every_metric_has_one_title_in_the_terminal_and_in_the_report() -> None:
+    ours = ("bleu", "chrf", "chrf++", "ter", "rouge1", "rouge2", "rougeLsum")
+    assert [TITLES[name] for name in ours] == [METRICS[name].title for name in ours]
+
+
+def test_the_gap_of_the_baseline_may_be_the_least(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", size=6, seeds=(1,), n_samples=5))
+    for gap in run.comparison["gaps"]:
+        gap["delta"] = {"mle": 0.5, "convex-k1": 3.0, "convex-k3": -2.0}[gap["arm"]]
+    said = headline(run)[1]
+    assert "beam5 adds +0.50 BLEU to greedy search for mle, of the others least for convex-k3: −2.00." in said
 
 
 def test_of_equal_scores_none_is_the_best(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ TITLES = {
     "chrf": "chrF",
     "chrf++": "chrF++",
     "ter": "TER",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeLsum": "ROUGE-Lsum",
     "mode_share": "most probable",
     "valid_share": "valid",
 }

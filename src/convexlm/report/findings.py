@@ -201,7 +201,7 @@ def _seeds_said(run: RunData, search: str, arm: str, metric: str) -> str:
 
 
 def _gap_said(run: RunData) -> list[str]:
-    """What beam search adds to greedy search: for the baseline, and where that is least."""
+    """What beam search adds to greedy search: for the baseline, and where of the others that is least."""
     metric, baseline = run.comparison["metrics"][0], run.comparison["baseline"]
     said = []
     for search in run.comparison["searches"]:
@@ -214,7 +214,7 @@ def _gap_said(run: RunData) -> list[str]:
         least = min(others, key=lambda gap: abs(gap["delta"]))
         said.append(
             f"{search} adds {delta_text(base['delta'], metric)} {metric_title(metric)} to greedy search "
-            f"for {baseline}, and least for {least['arm']}: {delta_text(least['delta'], metric)}."
+            f"for {baseline}, of the others least for {least['arm']}: {delta_text(least['delta'], metric)}."
         )
     return said
 
