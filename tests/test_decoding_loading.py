@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from convexlm.decoding import decode_jobs
 from convexlm.decoding.checkpoint import check_checkpoint, is_adapter
 from convexlm.errors import UserError
-from convexlm.tokenization import decode_text
+from convexlm.tokenization import PromptSettings, decode_text
 from decoding_helpers import SOURCES, make_checkpoint, make_job, make_tokenizer, prompt_ids, read
 
 if TYPE_CHECKING:
@@ -130,3 +131,32 @@ def test_a_prompt_with_a_token_without_an_embedding_is_one_line(checkpoint: Path
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"sentence 2 has the token 420 \(`cat`\), and the model has .* of 420 only"):
         answers(folder)
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused(checkpoint: Path, tmp_path: Path):
+    """transformers would go on without it, and without the EOS that only it names."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    for text, message in (
+        ('{"eos_token_id": [2', "generation config cannot be read"),
+        ('{"eos_token_id": "</s>"}', "no num"),
+    ):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            answers(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "message"),
+    [("\ud83d alone", "alpaca", "a lone surrogate"), ("", "chat", "refuses the messages: say something")],
+)
+def test_a_prompt_that_a_tokenizer_does_not_take_is_named(
+    checkpoint: Path, tmp_path: Path, source: str, template: str, message: str
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    refuse = "{% if not messages[0]['content'] %}{{ raise_exception('say something') }}{% endif %}"
+    tokenizer.chat_template = refuse + "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    job = replace(make_job(tmp_path / "out.jsonl", ["house", source]), instruction="")
+    with pytest.raises(UserError, match=f"^tiny en-de greedy: the prompt of sentence 1.*{message}"):
+        decode_jobs(folder, [replace(job, settings=PromptSettings(template))], device="cpu")

@@ -67,6 +67,8 @@ def load_model(
             **placement,
         ),
     )
+    if (folder / "generation_config.json").is_file():
+        load_generation_config(folder)  # transformers goes on without one that cannot be read, and without its EOS
     lacking = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
     if lacking:
         raise UserError(f"{folder}: its weights do not fit its config ({len(lacking)} missing, such as {lacking[0]})")

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from convexlm.chat_templates import RefusedMessages
 from convexlm.decoding.backends import get_backend
 from convexlm.decoding.batching import MAX_SENTENCES, TOKEN_BUDGET, Splitter
 from convexlm.decoding.search import Search
@@ -174,7 +175,15 @@ class Worker:
 
 
 def _encode(work: Work, engine: Backend) -> list[list[int]]:
-    encoded = engine.encode(work.prompts, work.settings)
+    try:
+        encoded = engine.encode(work.prompts, work.settings)
+    except RefusedMessages as error:
+        raise UserError(f"{work.name}: the prompt of sentence {work.ids[error.number]}: {error}") from None
+    except (TypeError, UnicodeEncodeError):  # a tokenizer's, of half a character, which JSON can hold
+        for id_, prompt in zip(work.ids, work.prompts, strict=True):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError(f"{work.name}: the prompt of sentence {id_} has a lone surrogate, no text") from None
+        raise
     most = work.search.max_new_tokens
     for id_, ids in zip(work.ids, encoded, strict=True):
         if not ids:

@@ -296,4 +296,6 @@ def _as_ids(vocabulary: int, *values: int | list[int] | None) -> list[int]:
     ids: list[int] = []
     for value in values:
         ids += value if isinstance(value, list) else [] if value is None else [value]
+    if wrong := [token for token in ids if not isinstance(token, int)]:
+        raise UserError(f"the generation config names a token by {wrong[0]!r}, which is no number")
     return [token for token in dict.fromkeys(ids) if 0 <= token < vocabulary]
