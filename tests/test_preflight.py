@@ -147,6 +147,19 @@ def test_what_only_this_machine_can_tell_is_no_matter_of_a_dry_run(tmp_path: Pat
     assert make_plan(recipe, tmp_path / "run")["train"]
 
 
+def test_test_sets_that_nothing_can_be_said_of_are_told_by_a_dry_run_too(tmp_path: Path) -> None:
+    (tmp_path / "x.en").write_text("one\ntwo\n")
+    alone = {"name": "alone", "pairs": ["en-de"], "sources": str(tmp_path / "x.en")}
+    assert "test set `alone`, en-de: there are no `references`" in complaint(
+        tmp_path, load(tmp_path, test_sets=[alone])
+    )
+    twice = [{"name": name, "kind": "tinyworld", "pairs": ["en-de"], "size": 4, "seed": 5} for name in ("t", "v")]
+    given = {"test_sets": twice[:1], "validation_sets": twice[1:], "selection": "validation"}
+    assert "validation set `v`, en-de: 4 of its 4 sentence pairs are in the" in complaint(
+        tmp_path, load(tmp_path, **given)
+    )
+
+
 def test_all_of_the_evaluation_data_are_read(tmp_path: Path) -> None:
     rows = [{"instruction": "Say it.", "input": "", "output": "it"}, {"instruction": "no output"}]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

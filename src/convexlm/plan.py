@@ -18,9 +18,16 @@ from convexlm.plan_training import (
     sharding_of_file,
     steps_of_epoch,
 )
-from convexlm.preflight import check_decoding, check_files, check_trainings, spelled_config
+from convexlm.preflight import (
+    check_apart,
+    check_decoding,
+    check_files,
+    check_trainings,
+    load_scored_set,
+    spelled_config,
+)
 from convexlm.runs import RunFolder, trained_runs
-from convexlm.testsets import NotAtHandError, load_test_set, name_in_files
+from convexlm.testsets import NotAtHandError, name_in_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from convexlm.recipe import Recipe
+    from convexlm.testsets import TestSet
 
 TINYWORLD_VOCABULARY = 2048  # at most: `train_tokenizer` stops where the corpus has no more to merge
 
@@ -144,13 +152,15 @@ def _disk(trains: list[dict[str, Any]]) -> int | None:
 def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from convexlm.decoding import Search
 
-    test_sets, validation_sets = _set_sizes(recipe.test_sets), _set_sizes(recipe.validation_sets)
+    test_sets, validation_sets = _sets(recipe.test_sets), _sets(recipe.validation_sets)
+    check_apart(*([one for *_, one in sets if one is not None] for sets in (test_sets, validation_sets)))
     searches = [Search.from_mapping(options).name for options in recipe.decode["searches"]]
     validating = recipe.selection["on"] == "validation"
     planned: list[dict[str, Any]] = []
 
-    def plan(run: Any, step: Any, sets: list[tuple[str, str, int | None]], names: list[str], role: str) -> None:
-        for name, pair, size in sets:
+    def plan(run: Any, step: Any, sets: list[tuple[str, str, TestSet | None]], names: list[str], role: str) -> None:
+        for name, pair, test_set in sets:
+            size = None if test_set is None else len(test_set.sources)
             for search in names:
                 path = folder.decode(run, f"checkpoint-{step}", name, pair, search)
                 planned.append({"file": str(path), "search": search, "sentences": size, "role": role})
@@ -176,18 +186,18 @@ def _plan_decoding(recipe: Recipe, folder: RunFolder, runs: Any, trains: list[di
     return planned
 
 
-def _set_sizes(specs: Sequence[dict[str, Any]]) -> list[tuple[str, str, int | None]]:
-    """Name, pair and sentences of every test set; None for one that sacreBLEU would first have to download."""
-    sizes: list[tuple[str, str, int | None]] = []
+def _sets(specs: Sequence[dict[str, Any]]) -> list[tuple[str, str, TestSet | None]]:
+    """Name, pair and content of every test set; None for one that sacreBLEU would first have to download."""
+    found: list[tuple[str, str, TestSet | None]] = []
     for spec in specs:
         for pair in spec["pairs"]:
             try:
-                test_set = load_test_set(spec, pair, Path.cwd())
+                test_set = load_scored_set(spec, pair)
             except NotAtHandError:
-                sizes.append((name_in_files(spec["name"]), pair, None))
+                found.append((name_in_files(spec["name"]), pair, None))
             else:
-                sizes.append((test_set.name, pair, len(test_set.sources)))
-    return sizes
+                found.append((test_set.name, pair, test_set))
+    return found
 
 
 def show_plan(plan: dict[str, Any], console: Console) -> None:

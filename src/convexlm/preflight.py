@@ -40,11 +40,19 @@ def load_validation_sets(recipe: Recipe) -> list[TestSet]:
 
 
 def _load_sets(specs: Sequence[dict[str, Any]]) -> list[TestSet]:
-    sets = [load_test_set(spec, pair, Path.cwd()) for spec in specs for pair in spec["pairs"]]
-    for one in sets:
-        if not one.references:
-            raise UserError(f"test set `{one.name}`, {one.pair}: there are no `references` to score against")
-    return sets
+    return [load_scored_set(spec, pair) for spec in specs for pair in spec["pairs"]]
+
+
+def load_scored_set(spec: dict[str, Any], pair: str) -> TestSet:
+    """A test set with references.
+
+    Raises:
+        UserError: as `load_test_set`, or there are no references to score against.
+    """
+    one = load_test_set(spec, pair, Path.cwd())
+    if not one.references:
+        raise UserError(f"test set `{one.name}`, {one.pair}: there are no `references` to score against")
+    return one
 
 
 def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]) -> None:
