@@ -88,7 +88,7 @@ def test_an_objective_whose_weight_is_not_its_slope_is_refused(objective, messag
         analyse_objective(sample, objective)
 
 
-def test_the_command_tells_it_before_a_model_is_looked_for(tmp_path, capsys):
+def test_the_commands_tell_it_before_a_model_is_looked_for(tmp_path, capsys):
     plugin = tmp_path / "wrong_slope.py"
     plugin.write_text(
         "import torch\nfrom dataclasses import dataclass\n"
@@ -99,8 +99,9 @@ def test_the_command_tells_it_before_a_model_is_looked_for(tmp_path, capsys):
         encoding="utf-8",
     )
     words = ["--model_name_or_path", "nowhere", "--dataset", "nowhere", "--objective", "wrong-slope"]
-    assert main(["diagnose", *words, "--plugins", str(plugin)]) == 2
-    assert "`wrong-slope`: weight(m) is not minus the slope of value(m)" in capsys.readouterr().err
+    for verb in (["diagnose"], ["train", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]):
+        assert main([*verb, *words, "--plugins", str(plugin)]) == 2
+        assert "`wrong-slope`: weight(m) is not minus the slope of value(m)" in capsys.readouterr().err
 
 
 def test_what_is_convexs_alone_is_not_said_of_what_derives_from_it():
