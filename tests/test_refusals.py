@@ -18,6 +18,7 @@ REFUSED = [
     ({"loss_type": "dft"}, "`objective` chooses the loss"),
     ({"label_smoothing_factor": 0.1}, "goes with `objective='mle'`"),
     ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "would ignore the objective"),
+    ({"accelerator_config": {"even_batches": False}}, "without a last batch"),
     ({"average_tokens_across_devices": False}, "normalised over the global batch"),
     ({"padding_side": "left", "padding_free": True, "max_length": None}, "no meaning without padding"),
     ({"padding_side": "left", "packing": True}, "no meaning without padding"),

@@ -74,6 +74,7 @@ def here(files, monkeypatch):
         ({"lr_scheduler_kwargs": '{"min_lr": 1}'}, "--lr_scheduler_kwargs: the schedule constant takes none"),
         ({"lr_scheduler_type": "linear", "warmup_steps": 1.5}, "--warmup_steps is a number of steps or, below 1,"),
         ({"gradient_checkpointing_kwargs": '{"foo": 1}'}, "no setting `foo`"),
+        ({"accelerator_config": '{"split_batches": true}'}, "--accelerator_config with split_batches"),
         ({"activation_offloading": True}, "--activation_offloading moves"),
         ({"eval_dataset": "eval.jsonl"}, "--eval_dataset without --eval_strategy"),
         ({"eval_on_start": True}, "--eval_on_start needs --eval_dataset"),

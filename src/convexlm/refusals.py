@@ -95,6 +95,11 @@ def _other_losses(args: ConvexConfig, objective: Objective, given: Mapping[str, 
             "`accelerator_config` with `use_seedable_sampler: false` draws the data's order anew after a resume; "
             "leave it out"
         )
+    if not args.accelerator_config.even_batches:
+        reasons.append(
+            "`accelerator_config` with `even_batches: false` leaves some processes without a last batch, on which the "
+            "others wait for ever; leave it out (records that fill up a batch do not count)"
+        )
     return reasons
 
 

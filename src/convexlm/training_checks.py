@@ -47,6 +47,11 @@ def check_settings(args: ConvexConfig, data: DataOptions) -> None:
         raise UserError(
             "--activation_offloading moves activations from a GPU to the CPU, and there is none; leave it out"
         )
+    if args.accelerator_config.split_batches:
+        raise UserError(
+            "--accelerator_config with split_batches: --per_device_train_batch_size is what each process gets; leave it "
+            "out"
+        )
     given = args.gradient_checkpointing_kwargs
     if isinstance(given, dict) and (unknown := sorted(set(given) - _checkpointing_names())):
         raise UserError(
