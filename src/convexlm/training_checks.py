@@ -49,8 +49,8 @@ def check_settings(args: ConvexConfig, data: DataOptions) -> None:
         )
     if args.accelerator_config.split_batches:
         raise UserError(
-            "--accelerator_config with split_batches: --per_device_train_batch_size is what each process gets; leave it "
-            "out"
+            "--accelerator_config with split_batches: here --per_device_train_batch_size is what each process gets; "
+            "leave it out"
         )
     given = args.gradient_checkpointing_kwargs
     if isinstance(given, dict) and (unknown := sorted(set(given) - _checkpointing_names())):
