@@ -19,7 +19,7 @@ from convexlm.cli import main
 from convexlm.decoding import Search, decode_jobs
 from convexlm.decoding.auto import choose_backend
 from convexlm.errors import UserError
-from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, make_tokenizer, read
+from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, read
 
 needs_ctranslate2 = pytest.mark.skipif(
     importlib.util.find_spec("ctranslate2") is None, reason="ctranslate2 is not installed (an optional extra)"
@@ -147,32 +147,6 @@ def test_a_conversion_to_another_model_is_noticed(
 
 
 @needs_ctranslate2
-def test_texts_beyond_an_attention_window_are_refused(cache: Path, tmp_path: Path):
-    """CTranslate2 computes a Mistral's window otherwise, and the probe of a conversion is shorter than windows are."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(**sizes, num_key_value_heads=2, vocab_size=420, eos_token_id=2, sliding_window=66)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    job = make_job(tmp_path / "out.jsonl", ["house", "dog"], max_new_tokens=8)
-    with pytest.raises(UserError, match="cannot run what it converted.*--backend hf"):  # without an unknown token
-        decode_jobs(tmp_path / "model", [job], backend="ctranslate2", device="cpu")
-    tokenizer.unk_token = "<unk>"
-    tokenizer.save_pretrained(tmp_path / "model")
-    texts = []
-    for backend in ("hf", "ctranslate2"):
-        job = make_job(tmp_path / f"{backend}.jsonl", ["house", "dog"], max_new_tokens=8)
-        decode_jobs(tmp_path / "model", [job], backend=backend, device="cpu")
-        texts.append([row["hypothesis"] for row in read(job.output_file)])
-    assert texts[0] == texts[1]
-    job = make_job(tmp_path / "longer.jsonl", ["house", "dog"], max_new_tokens=20)
-    with pytest.raises(UserError, match=r"more than the 66 tokens of an attention window.*--backend hf"):
-        decode_jobs(tmp_path / "model", [job], backend="ctranslate2", device="cpu")
-
-
-@needs_ctranslate2
 def test_an_adapter_is_merged_for_ctranslate2(checkpoint: Path, cache: Path, tmp_path: Path):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -241,6 +215,13 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_auto_says_what_it_chose_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = fake_checkpoint(tmp_path / "model")
     (model / "config.json").write_text('{"model_type": "llama"}')
+    scaled = fake_checkpoint(tmp_path / "scaled")
+    (scaled / "config.json").write_text(
+        '{"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8}}'
+    )
+    wide = fake_checkpoint(tmp_path / "wide")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 16, "rope_parameters": {"rope_type": "linear"}}
+    (wide / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     other = fake_checkpoint(tmp_path / "other")
     (other / "config.json").write_text('{"model_type": "mamba"}')
     adapter = tmp_path / "adapter"
@@ -255,6 +236,8 @@ def test_auto_says_what_it_chose_and_why(tmp_path: Path, monkeypatch: pytest.Mon
         ((model, [greedy], "cpu", "bfloat16", None), "hf", "bfloat16"),
         ((model, [beam], "cpu", None, "int8"), "ctranslate2", "int8"),
         ((other, [greedy], "cpu", None, None), "hf", "mamba"),
+        ((scaled, [greedy], "cpu", None, None), "hf", "position angles llama3"),
+        ((wide, [greedy], "cpu", None, None), "hf", "head_dim 16"),
         ((adapter, [greedy], "cpu", None, None), "hf", "adapter"),
     ):
         chosen, why = choose_backend(*arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.checkpoint import is_adapter
 
@@ -44,9 +44,12 @@ def choose_backend(
         return "hf", f"on the CPU, ctranslate2 does not compute in {dtype}"
     if is_adapter(checkpoint):
         return "hf", "the checkpoint is an adapter, which ctranslate2 would have to merge into its base model"
-    kind = _model_type(checkpoint)
+    config = _config(checkpoint)
+    kind = config.get("model_type", "unknown")
     if kind not in CONVERTED:
         return "hf", f"ctranslate2 was tested with {', '.join(CONVERTED)}, and this model is of type {kind}"
+    if setting := _not_converted(config):
+        return "hf", f"ctranslate2 computes another model of one with the {setting}"
     if importlib.util.find_spec("ctranslate2") is None:
         return (
             "hf",
@@ -63,8 +66,23 @@ def choose_backend(
     )
 
 
-def _model_type(checkpoint: Path) -> str:
+def _config(checkpoint: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return "unknown"
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _not_converted(config: dict[str, Any]) -> str:
+    """The setting of a Llama that CTranslate2 4.8 does otherwise (it would be refused); empty if none."""
+    from convexlm.decoding.backends.ctranslate2 import ROPE_TYPES
+
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        return f"position angles {kind}"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"activation {config['hidden_act']}"
+    size, heads, own = (config.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    return f"head_dim {own}" if size and heads and own and own * heads != size else ""

@@ -121,7 +121,8 @@ def _compare(checkpoint: Path, output: Path, probe: dict[str, torch.Tensor]) -> 
     try:
         generator = ctranslate2.Generator(str(output), device="cpu", compute_type="float32")
         made = numpy.array(generator.forward_batch([probe["ids"].tolist()], return_log_probs=True))[0]
-    except RuntimeError as error:  # of a tokenizer without an EOS, or for some models without an unknown token
+    # Of a tokenizer without an EOS, for some models without an unknown token, and of heads of another size.
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{checkpoint}: CTranslate2 cannot run what it converted ({error}); --backend hf can decode it"
         ) from None

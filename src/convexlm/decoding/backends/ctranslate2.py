@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'convexlm[ctranslate2]'"
 
+ROPE_TYPES = {"default", "linear"}
+"""Position angles that it computes as transformers does. Its `llama3` (4.8.5) goes further off with each position."""
+
 
 @register_backend("ctranslate2")
 class CTranslate2Backend(Backend):
@@ -34,6 +37,7 @@ class CTranslate2Backend(Backend):
       length are put together.
     - Where a layer attends to the last so many tokens only, it computes something else for longer texts: those are
       refused. (The probe of a conversion is too short to see it.)
+    - Position angles of other kinds than `ROPE_TYPES` are refused, for the same reason.
     - Its sampling has a stream for all sentences together, so a sample would depend on the batch; refused.
     """
 
@@ -68,6 +72,7 @@ class CTranslate2Backend(Backend):
         from convexlm.decoding.backends.hf import eos_ids_of
         from convexlm.decoding.checkpoint import checkpoint_sha256
         from convexlm.decoding.ct2_cache import converted
+        from convexlm.decoding.generation.rows import rope_types
         from convexlm.decoding.loading import load_config, load_tokenizer
 
         kind, _, index = device.partition(":")
@@ -80,6 +85,10 @@ class CTranslate2Backend(Backend):
             )
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+        if others := rope_types(config) - ROPE_TYPES:
+            raise UserError(
+                f"CTranslate2 computes position angles of the kind {min(others)} otherwise; use --backend hf"
+            )
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         window = _attention_window(config)
         if window is not None and window < (self.max_length or window + 1):

@@ -58,8 +58,12 @@ def why_not(model: Any) -> str:
 
 def angles_by_length(model: Any) -> bool:
     """Whether a model's position angles depend on the length of the text, which is that of the longest in a batch."""
-    parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
-    return bool(_rope_types(parameters) & set(_ROPE_BY_LENGTH))
+    return bool(rope_types(model.config) & set(_ROPE_BY_LENGTH))
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of position angles in a model, as its config names them."""
+    return _rope_types(getattr(config.get_text_config(), "rope_parameters", None))
 
 
 def _rope_types(parameters: Any) -> set[str]:
