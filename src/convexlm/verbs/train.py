@@ -21,7 +21,6 @@ from convexlm.launch.settings import (
     refuse_half_a_launch,
     under_a_launcher,
 )
-from convexlm.objective_slope import check_slope
 from convexlm.options import VerbParser, load_yaml
 from convexlm.plugins import load_plugins
 from convexlm.training import DataOptions, train_model
@@ -166,10 +165,6 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise UserError(str(error).split("\n")[0]) from None
     data, model_options, config = made
-    try:
-        check_slope(config.build_objective())
-    except ValueError as error:
-        raise UserError(str(error)) from None
     _refuse_unheeded(config)
     _refuse_half_an_adapter(model_options)
     dtype = model_options.dtype
