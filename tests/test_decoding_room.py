@@ -72,9 +72,9 @@ def test_on_a_gpu_the_memory_says_and_on_a_cpu_it_does_not(monkeypatch: pytest.M
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_batches_are_what_the_backend_has_room_for_unless_the_user_says(tmp_path: Path, num_processes: int):
     checkpoint = make_checkpoint(tmp_path / "checkpoint-1", steps=1)
-    whole = make_job(tmp_path / "whole.jsonl", SOURCES)
+    whole = make_job(tmp_path / "whole.jsonl", SOURCES, max_new_tokens=24)
     decode_jobs(checkpoint, [whole], num_processes=num_processes)
-    small = make_job(tmp_path / "small.jsonl", SOURCES)
+    small = make_job(tmp_path / "small.jsonl", SOURCES, max_new_tokens=24)
     sizes: list[int] = []
     decode_jobs(checkpoint, [small], token_budget=1, progress=lambda state: sizes.append(state.done))
     assert [row["hypothesis"] for row in read(whole.output_file)] == [

@@ -21,6 +21,8 @@ from convexlm.runs import RunFolder, trained_runs
 from pipeline_helpers import call, kill_when, recipe_with, results, snapshot, start, write_recipe
 
 pytestmark = pytest.mark.slow
+TOY = {"name": "toy", "kind": "tinyworld", "pairs": ["en-de"], "size": 3, "seed": 5}
+SHORT = recipe_with(seeds=[1], test_sets=[TOY])
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one seed and one pair, for the tests that stop it and go on."""
+    home = tmp_path_factory.mktemp("short")
+    done = call(["run", write_recipe(home, SHORT), "--run_dir", "run"], home)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to break."""
     shutil.copytree(finished / "run", tmp_path / "run")
     write_recipe(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def broken(short: Path, tmp_path: Path) -> Path:
+    """A copy of the short run, to break."""
+    shutil.copytree(short / "run", tmp_path / "run")
+    write_recipe(tmp_path, SHORT)
     return tmp_path
 
 
@@ -152,43 +171,41 @@ def test_another_working_folder_and_a_moved_run_are_the_same_run(copied: Path) -
 # -- killed, and run again
 
 
-def test_killed_while_data_is_written(finished: Path, tmp_path: Path) -> None:
+def test_killed_while_data_is_written(short: Path, tmp_path: Path) -> None:
     """What follows is a whole run in another process, so this is also the test that seeds give the same scores."""
-    write_recipe(tmp_path)
+    write_recipe(tmp_path, SHORT)
     process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
     kill_when(process, (tmp_path / "run" / "data").is_dir)
     assert not (tmp_path / "run" / "train").is_dir()
     run_here(tmp_path)
-    assert results(tmp_path / "run") == results(finished / "run")
+    assert results(tmp_path / "run") == results(short / "run")
 
 
-def test_killed_between_the_pieces_of_data(copied: Path, finished: Path) -> None:
+def test_killed_between_the_pieces_of_data(broken: Path, short: Path) -> None:
     for name in ("train", "decode"):
-        shutil.rmtree(copied / "run" / name)
+        shutil.rmtree(broken / "run" / name)
     for name in ("scores.jsonl", "comparison.json", "report.html"):
-        (copied / "run" / name).unlink()
-    data = copied / "run" / "data"
+        (broken / "run" / name).unlink()
+    data = broken / "run" / "data"
     (data / "tokenizer").rename(data / ".tokenizer")  # killed before the tokenizer had its name
     (data / ".tokenizer" / "tokenizer.json").write_text("{")
     (data / ".train.jsonl.abc.tmp").write_text('{"instr')
     (data / "model" / "config.json").unlink()
-    run_here(copied)
-    assert results(copied / "run") == results(finished / "run")
+    run_here(broken)
+    assert results(broken / "run") == results(short / "run")
 
 
-def test_killed_in_training_after_a_checkpoint(
-    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_recipe(tmp_path)
+def test_killed_in_training_after_a_checkpoint(short: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_recipe(tmp_path, SHORT)
     process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
-    train = tmp_path / "run" / "train" / "mle.seed1"
+    train = tmp_path / "run" / "train" / "mle"
     kill_when(process, (train / "checkpoint-3" / "convexlm.json").is_file)
     assert not (train / "done.json").exists()
     run_here(tmp_path)
     err = capfd.readouterr().err
-    assert "[2/5] train base.seed1 (1 of 6): done" in err
-    assert "mle.seed1: going on from checkpoint-" in err
-    assert results(tmp_path / "run") == results(finished / "run")
+    assert "[2/5] train base (1 of 3): done" in err
+    assert "mle: going on from checkpoint-" in err
+    assert results(tmp_path / "run") == results(short / "run")
     steps = [json.loads(line)["step"] for line in (train / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert steps == [2, 4, 6]
 
@@ -200,56 +217,56 @@ def forget(home: Path, *names: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_killed_in_the_middle_of_saving(copied: Path, finished: Path) -> None:
-    train = copied / "run" / "train" / "mle.seed1"
-    forget(copied, "decode", "train/mle.seed1/done.json")
+def test_killed_in_the_middle_of_saving(broken: Path, short: Path) -> None:
+    train = broken / "run" / "train" / "mle"
+    forget(broken, "decode", "train/mle/done.json")
     (train / "checkpoint-6" / "convexlm.json").unlink()
     (train / "checkpoint-6" / "model.safetensors").write_bytes(b"half of it")
     lines = (train / "metrics.jsonl").read_text()
     (train / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
-    run_here(copied)
-    assert results(copied / "run") == results(finished / "run")
+    run_here(broken)
+    assert results(broken / "run") == results(short / "run")
     assert (train / "metrics.jsonl").read_text().count("\n") == 3
 
 
-def test_killed_between_the_last_checkpoint_and_the_note_that_training_is_done(copied: Path, finished: Path) -> None:
-    forget(copied, "decode", "train/mle.seed1/done.json", "train/base.seed2/done.json")
-    run_here(copied)
-    train = copied / "run" / "train"
+def test_killed_between_the_last_checkpoint_and_the_note_that_training_is_done(broken: Path, short: Path) -> None:
+    forget(broken, "decode", "train/mle/done.json", "train/convex/done.json")
+    run_here(broken)
+    train = broken / "run" / "train"
     assert sorted(path.name for path in train.glob("*/checkpoint-*")) == sorted(
-        path.name for path in (finished / "run" / "train").glob("*/checkpoint-*")
+        path.name for path in (short / "run" / "train").glob("*/checkpoint-*")
     )
-    assert results(copied / "run") == results(finished / "run")
+    assert results(broken / "run") == results(short / "run")
 
 
-def test_killed_while_decoding(finished: Path, tmp_path: Path) -> None:
-    write_recipe(tmp_path)
-    shutil.copytree(finished / "run", tmp_path / "run")
+def test_killed_while_decoding(short: Path, tmp_path: Path) -> None:
+    write_recipe(tmp_path, SHORT)
+    shutil.copytree(short / "run", tmp_path / "run")
     forget(tmp_path, "decode")
     process = start(["run", "tiny.yaml", "--run_dir", "run"], tmp_path)
     decode = tmp_path / "run" / "decode"
     kill_when(process, lambda: len(list(decode.glob("*/*/*.jsonl"))) > 1 and list(decode.glob("*/*/*.part")))
     run_here(tmp_path)
     assert not list(decode.rglob("*.part"))
-    assert results(tmp_path / "run") == results(finished / "run")
+    assert results(tmp_path / "run") == results(short / "run")
 
 
-def test_killed_in_the_middle_of_a_decode_file(copied: Path, finished: Path) -> None:
+def test_killed_in_the_middle_of_a_decode_file(broken: Path, short: Path) -> None:
     """A part file of one batch and a torn line is gone on with; a torn header is begun again."""
-    forget(copied)
-    where = copied / "run" / "decode" / "mle.seed1" / "checkpoint-6"
+    forget(broken)
+    where = broken / "run" / "decode" / "mle" / "checkpoint-6"
     whole = where / "toy.en-de.beam2.jsonl"
     before = whole.read_bytes()
     whole.with_suffix(".meta.json").unlink()
     whole.unlink()
-    process = start(["run", "tiny.yaml", "--run_dir", "run"], copied)
+    process = start(["run", "tiny.yaml", "--run_dir", "run"], broken)
     part = where / (whole.name + ".part")
     kill_when(process, lambda: (part.exists() and part.read_bytes().count(b"\n") > 1) or whole.exists())
     if part.exists():
         part.write_bytes(part.read_bytes()[:-7])
-    run_here(copied)
+    run_here(broken)
     assert whole.read_bytes() == before
-    assert results(copied / "run") == results(finished / "run")
+    assert results(broken / "run") == results(short / "run")
 
 
 @pytest.mark.parametrize("lost", ["scores.jsonl", "comparison.json", "report.html", "data/references.jsonl"])

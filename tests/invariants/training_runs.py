@@ -13,7 +13,7 @@ from pathlib import Path
 
 from convexlm.launch.environment import make_plan
 from convexlm.launch.settings import LaunchSettings
-from training_helpers import TRAIN, Run, environment, train, words, write_model_files, write_records
+from training_helpers import TRAIN, Run, environment, tiny_model, train, words, write_model_files, write_records
 
 # With record weights, but for the two whose numbers are to be TRL's.
 OBJECTIVES = {
@@ -81,6 +81,8 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = write_model_files(folder / "model")
+        self.base = folder / "base"  # an adapter goes on weights that are kept
+        tiny_model(seed=1).save_pretrained(self.base)
         for weights, name in ((True, "weighted"), (False, "plain")):
             write_records(folder / f"even-{name}.jsonl", 24, weights=weights)
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
@@ -93,8 +95,9 @@ class Runs:
         files = {"dataset": self.folder / f"{data}-{kind}.jsonl"}
         if "eval_strategy" in form:
             files["eval_dataset"] = self.folder / f"eval-{kind}.jsonl"
+        start = {"model_name_or_path": self.base} if arm == "lora" else {"config_name": self.model}
         return {
-            "config_name": self.model,
+            **start,
             "tokenizer_name": self.model,
             **files,
             **{**ARMS, **MLE_BY_SEQUENCE}[arm],
