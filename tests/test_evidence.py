@@ -261,6 +261,27 @@ def test_parts_by_length_share_out_the_sentences() -> None:
     assert short.group == long.group == "t" and short.name == corpus.name
 
 
+def test_arms_that_not_every_seed_has_are_read_of_those_that_have_them(tmp_path: Path) -> None:
+    for seed, arms in ((1, ["mle", "convex", "oracle"]), (2, ["mle", "convex"])):
+        run = tmp_path / f"final-seed{seed}"
+        for arm in arms:
+            made = run / "decode" / arm / "checkpoint-2"
+            made.mkdir(parents=True)
+            (made / "toy.en-de.greedy.jsonl").write_text(json.dumps({"id": "0", "hypothesis": f"{arm} {seed}"}) + "\n")
+        comparison = {"arms": arms, "searches": ["greedy"], "checkpoints": dict.fromkeys(arms, "checkpoint-2")}
+        (run / "comparison.json").write_text(json.dumps(comparison))
+        (run / "recipe.yaml").write_text(json.dumps({"test_sets": [{"name": "toy", "pairs": ["en-de"]}]}))
+        (run / "data").mkdir()
+        line = {"test_set": "toy", "pair": "en-de", "references": [["eins"]]}
+        (run / "data" / "references.jsonl").write_text(json.dumps(line) + "\n")
+    both = intervals.read_corpora(tmp_path, ["mle", "convex"])
+    assert [corpus.name for corpus in both] == ["toy en-de, final-seed1", "toy en-de, final-seed2"]
+    assert both[0].systems == {"mle greedy": ["mle 1"], "convex greedy": ["convex 1"]}
+    (alone,) = intervals.read_corpora(tmp_path, ["mle", "oracle"])
+    assert alone.systems == {"mle greedy": ["mle 1"], "oracle greedy": ["oracle 1"]}
+    assert intervals.read_corpora(tmp_path, ["dft"]) == []
+
+
 def test_greedy_search_in_a_distribution() -> None:
     rows = [[1, 2, 9], [3, 4, 9], [3, 5, 9], [3, 9]]
     assert judge_ambiguity.greedy(rows, [0.4, 0.25, 0.2, 0.15]) == 1  # 3 begins 0.6 of the mass

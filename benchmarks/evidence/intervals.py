@@ -32,8 +32,13 @@ def student_interval(values: list[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def read_corpora(folder: Path) -> list[Any]:
-    """One corpus a final seed and test set, with every (arm, search) at its chosen checkpoint as a system."""
+def read_corpora(folder: Path, arms: list[str] | None = None) -> list[Any]:
+    """One corpus a final seed and test set, with every (arm, search) at its chosen checkpoint as a system.
+
+    Args:
+        folder: holds the run folders `final-seedN`.
+        arms: these alone, of the seeds that have them all.
+    """
     import yaml
 
     from convexlm.segments import read_hypotheses
@@ -43,6 +48,8 @@ def read_corpora(folder: Path) -> list[Any]:
     for run in sorted(path.parent for path in folder.glob("final*/comparison.json")):
         comparison = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        if not set(arms or ()) <= set(comparison["arms"]):
+            continue
         tests = {(one["name"], pair) for one in recipe["test_sets"] for pair in one["pairs"]}
         lines = (run / "data" / "references.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for record in map(json.loads, lines):
@@ -53,7 +60,7 @@ def read_corpora(folder: Path) -> list[Any]:
                 f"{arm} {search}": read_hypotheses(
                     run / "decode" / arm / comparison["checkpoints"][arm] / f"{name}.{pair}.{search}.jsonl"
                 )
-                for arm in comparison["arms"]
+                for arm in arms or comparison["arms"]
                 for search in comparison["searches"]
             }
             label = f"{name} {pair}, {run.name}"
@@ -111,20 +118,26 @@ def main() -> None:
     parser.add_argument("--baselines", nargs="+", default=["mle", "oracle-mle"], help="arms to compare with")
     parser.add_argument("--n_samples", type=int, default=1000)
     parser.add_argument("--by_length", action="store_true", help="also short and long sentences apart")
+    parser.add_argument("--arms", nargs="+", help="these alone, of the seeds that have them all; give a --part too")
+    parser.add_argument(
+        "--part", default="all", help="what the rows are called; old ones of the same part are replaced"
+    )
     args = parser.parse_args()
     out = []
     for folder in args.experiments:
-        everything = read_corpora(folder)
-        parts = {"all": everything, **(by_length(everything) if args.by_length else {})}
+        everything = read_corpora(folder, args.arms)
+        if not everything:
+            parser.error(f"{folder}: no finished final-seedN with the arms {args.arms}")
+        parts = {args.part: everything, **(by_length(everything) if args.by_length else {})}
         systems = list(everything[0].systems)
         for baseline in [name for name in systems if name.rsplit(" ", 1)[0] in args.baselines]:
             for metric, (part, corpora) in itertools.product(args.metrics, parts.items()):
                 rows = differences(corpora, baseline, metric, args.n_samples)
                 out += [{"experiment": folder.name, "part": part, **row} for row in rows]
-    done = {folder.name for folder in args.experiments}
+    done = {(row["experiment"], row["part"]) for row in out}
     if args.output.exists():
         old = json.loads(args.output.read_text(encoding="utf-8"))
-        out = [row for row in old if row["experiment"] not in done] + out
+        out = [row for row in old if (row["experiment"], row.get("part", "all")) not in done] + out
     text = json.dumps(out, ensure_ascii=False, indent=1)
     args.output.write_text(text + "\n", encoding="utf-8")
 

@@ -28,7 +28,12 @@ def compared(rows: list[dict[str, Any]], intervals: list[dict[str, Any]], baseli
     for search in SEARCHES:
         base = f"{baseline} {search}"
         same = [one for one in intervals if one["baseline"] == base and one["metric"] == metric]
-        scores = [row["score"] for row in final(rows, metric) if (row["arm"], row["search"]) == (baseline, search)]
+        seeds = {seed for one in same for seed in one["delta_by_seed"]}
+        scores = [
+            row["score"]
+            for row in final(rows, metric)
+            if (row["arm"], row["search"]) == (baseline, search) and (not seeds or str(row["seed"]) in seeds)
+        ]
         out.append(f"| {search} | `{baseline}` | {mean(scores):.2f} | | | | | | |")
         for one in same:
             arm, other = one["system"].rsplit(" ", 1)
@@ -125,7 +130,9 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("intervals", type=Path)
     parser.add_argument("--experiment", required=True)
-    parser.add_argument("--part", default="all", choices=["all", "short", "long"], help="of the sentences")
+    parser.add_argument(
+        "--part", default="all", help="of the rows of intervals.py: `all`, `short`, `long`, or as named there"
+    )
     args = parser.parse_args()
     rows = [row for row in read_jsonl(args.rows) if row["experiment"] == args.experiment]
     intervals = json.loads(args.intervals.read_text(encoding="utf-8"))
