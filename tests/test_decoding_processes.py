@@ -56,7 +56,7 @@ def jobs_in(folder: Path) -> list[Any]:
 
 def test_any_number_of_processes_gives_the_same_bytes(checkpoint: Path, tmp_path: Path, one_thread: None):
     reports: list[Any] = []
-    for number in (1, 3):
+    for number in (1, 2, 3):
         jobs = jobs_in(tmp_path / str(number))
         results = decode_jobs(
             checkpoint, jobs, device="cpu", batch_size=4, num_processes=number, progress=reports.append
@@ -67,6 +67,7 @@ def test_any_number_of_processes_gives_the_same_bytes(checkpoint: Path, tmp_path
     for name in ("greedy.jsonl", "beam.jsonl", "sample.jsonl"):
         whole = (tmp_path / "1" / name).read_bytes()
         assert [json.loads(line)["source"] for line in whole.decode().split("\n")[:-1]] == MANY
+        assert (tmp_path / "2" / name).read_bytes() == whole
         assert (tmp_path / "3" / name).read_bytes() == whole
     assert {report.done for report in reports if report.job.endswith("greedy")} >= {0, len(MANY)}
 
