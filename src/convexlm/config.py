@@ -113,7 +113,7 @@ class ConvexConfig(SFTConfig):
         if self.greater_is_better is None and metric is not None and metric.endswith(("nll", "entropy", "loss")):
             self.greater_is_better = False
         super().__post_init__()
-        check_slope(self.build_objective())  # the head's gradient is the weight, its loss the value
+        check_slope(self.build_objective())  # training goes by the value, what is logged by the weight
         if not 0.0 <= self.k_warmup <= 1.0:
             raise ValueError(f"`k_warmup` is a share of the training steps, from 0 to 1, not {self.k_warmup}")
         if self.head not in ("fused", "recompute"):

@@ -24,3 +24,11 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(" ".join(message.split("\n")))
         self.exit_code = exit_code
+
+
+def without_worker_traceback(error: UserError) -> UserError:
+    """An error as it was raised, without the traceback of a data loader's worker that torch puts into its text."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return error
+    return UserError(text.rstrip().rsplit(f"{UserError.__name__}: ", 1)[-1])

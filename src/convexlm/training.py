@@ -19,7 +19,7 @@ from convexlm.checkpoints import (
     rotate,
     step_of,
 )
-from convexlm.errors import Stopped, UserError
+from convexlm.errors import Stopped, UserError, without_worker_traceback
 from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.output_folder import held, refuse_checkpoints
 from convexlm.progress import TrainProgress, note
@@ -239,7 +239,7 @@ def _run(trainer: Any, last: Path | None) -> None:
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except UserError as error:
-            raise _as_it_was(error) from None
+            raise without_worker_traceback(error) from None
         except pickle.UnpicklingError as error:
             raise UserError(f"{last}: its state is not what torch loads safely ({first_line(error)})") from None
         finally:
@@ -249,14 +249,6 @@ def _run(trainer: Any, last: Path | None) -> None:
             f"stopped by {signal_name(watch.number)}; training is complete, and {trainer.how_to_go_on}",
             exit_code=128 + watch.number,
         )
-
-
-def _as_it_was(error: UserError) -> UserError:
-    """An error as it was raised, without the traceback of a data loader's worker that torch puts into its text."""
-    text = str(error)
-    if "in DataLoader worker process" not in text:
-        return error
-    return UserError(text.rstrip().rsplit(f"{UserError.__name__}: ", 1)[-1])
 
 
 # -- data
