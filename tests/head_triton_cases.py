@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convexlm.head_tiles import TokenNumbers, Transform, score_rows_torch
-from convexlm.head_triton import score_rows_triton
+from convexlm.head_triton import scale_, score_rows_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of masked-out branches
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,3 +80,17 @@ def test_float64_statistics_are_refused():
     double = TokenNumbers(torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="float32"):
         score_rows_triton(torch.zeros(2, 4), torch.tensor([0, 1]), Transform(), double, 0, gradient=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (3, 4096), (4097,)])
+@pytest.mark.parametrize("factor", [1.0, 0.0, -2.5, 1 / 3, float("nan")])
+def test_scaling_rounds_once(factor, shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(DEVICE, dtype)
+    wanted = (x.float() * factor).to(dtype)
+    beside = torch.cat([x.flatten(), x.new_full((8,), 7.0)])  # nothing behind it is touched
+    got = scale_(beside[: x.numel()].view(shape), torch.tensor(factor, device=DEVICE))
+    truncates = DEVICE == "cpu" and dtype == torch.bfloat16  # the interpreter, where a GPU rounds
+    torch.testing.assert_close(got, wanted, rtol=2**-7 if truncates else 0, atol=0, equal_nan=True)
+    assert (beside[x.numel() :] == 7.0).all()

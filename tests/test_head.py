@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from convexlm import head as head_module
 from convexlm import head_products
 from convexlm.head import fused_objective
-from convexlm.head_chunks import default_chunk_tokens, pieces_of, plan_groups
+from convexlm.head_chunks import chunk_limit, default_chunk_tokens, pieces_of, plan_groups
 from convexlm.head_products import products_dtype
 from convexlm.objectives import Objective, get_objective, register_objective
 
@@ -494,6 +494,16 @@ def test_the_default_chunk_shrinks_with_the_vocabulary():
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] >= 1
     assert sizes[1] * 32_000 * 2 <= 256 * 2**20
+
+
+def test_a_batch_is_one_chunk_where_several_would_take_more_memory():
+    other, cpu = torch.device("meta"), torch.device("cpu")
+    limit, row = default_chunk_tokens(150_000, 2, other), 150_000 * 2
+    assert chunk_limit(limit + 100, 150_000, 2, other, 100 * row) == limit + 100
+    assert chunk_limit(limit + 101, 150_000, 2, other, 100 * row) == limit
+    assert chunk_limit(limit + 1, 150_000, 2, other, 0) == chunk_limit(5, 150_000, 2, other, 0) == limit
+    on_cpu = default_chunk_tokens(150_000, 2, cpu)
+    assert chunk_limit(on_cpu + 1, 150_000, 2, cpu, 100 * row) == on_cpu
 
 
 def test_products_run_in_the_inputs_dtype_unless_that_is_slow(monkeypatch):

@@ -57,3 +57,52 @@ def test_a_frozen_head_never_holds_a_weight_gradient():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert (weight.grad is None) == frozen
     assert peaks[0] - peaks[1] >= 0.9 * 32_000 * 1024 * 2  # the gradient itself was never there
+
+
+def _small(factor_dtype=torch.bfloat16):
+    weight = torch.randn(1000, 64, device="cuda", dtype=factor_dtype, requires_grad=True)
+    hidden = torch.randn(96, 64, device="cuda", dtype=factor_dtype, requires_grad=True)
+    ids = torch.arange(96, device="cuda") // 16
+    return hidden, weight, lambda: fused_objective(hidden, weight, ids, ids, OBJECTIVES["convex"]).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_upstream_gradient_is_a_factor_on_all_gradients(dtype):
+    torch.manual_seed(0)
+    hidden, weight, loss = _small(dtype)
+    once = torch.autograd.grad(loss(), [hidden, weight])
+    kept = loss()
+    for _ in range(2):  # the graph is kept, so nothing of it may be overwritten
+        for got, wanted in zip(torch.autograd.grad(kept * 3, [hidden, weight], retain_graph=True), once, strict=True):
+            torch.testing.assert_close(got, 3 * wanted, rtol=1e-2, atol=1e-6)
+    for factor in (3, 1):
+        for got, wanted in zip(torch.autograd.grad(loss() * factor, [hidden, weight]), once, strict=True):
+            torch.testing.assert_close(got, factor * wanted, rtol=1e-2, atol=1e-6)
+
+
+def test_an_upstream_gradient_of_one_takes_no_memory():
+    weight = torch.randn(32_000, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.arange(64, device="cuda") // 16
+    fused_objective(hidden, weight, ids, ids, OBJECTIVES["convex"]).loss.backward()
+    hidden.grad = weight.grad = None
+    loss = fused_objective(hidden, weight, ids, ids, OBJECTIVES["convex"]).loss
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**20, "the gradients are handed out, not copied"
+
+
+def test_a_batch_is_one_chunk_where_that_takes_no_more_memory():
+    """Several chunks need a float32 sum of the weight's gradient; a chunk of all tokens may be as large instead."""
+    peaks = {}
+    for chunk_tokens in (None, 4096):
+        weight = torch.randn(151_936, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        hidden = torch.randn(4400, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        ids = torch.arange(4400, device="cuda") // 50
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = fused_objective(hidden, weight, ids, ids, OBJECTIVES["convex"], chunk_tokens=chunk_tokens)
+        out.loss.backward()
+        peaks[out.chunk_tokens] = torch.cuda.max_memory_allocated() - before
+    assert peaks[4400] <= peaks[4096]

@@ -22,8 +22,17 @@ import torch
 from torch import Tensor
 
 from convexlm.head_checks import check_batch, check_transform
-from convexlm.head_chunks import Group, default_chunk_tokens, number_runs, pieces_of, plan_groups, run_lengths
-from convexlm.head_products import WeightGradient, add_bias_gradient, hidden_gradient, products_dtype, project
+from convexlm.head_chunks import Group, chunk_limit, number_runs, pieces_of, plan_groups, run_lengths
+from convexlm.head_products import (
+    WeightGradient,
+    add_bias_gradient,
+    bytes_of_sum,
+    hidden_gradient,
+    kept_dtype,
+    products_dtype,
+    project,
+)
+from convexlm.head_scaling import scaled
 from convexlm.head_tiles import TokenNumbers, Transform, score_rows, workspace
 from convexlm.objectives import IGNORE_INDEX, Mle, Objective, ObjectiveOutput
 
@@ -161,17 +170,9 @@ class _FusedFunction(torch.autograd.Function):
         gradients = ctx.saved_tensors
         # Looking at the number is free on a CPU, where a copy of the weight gradient is not; elsewhere it would stall.
         if not (grad.device.type == "cpu" and grad.item() == 1.0):
-            gradients = tuple(None if x is None else x * grad.to(x.dtype) for x in gradients)
+            gradients = tuple(None if x is None else scaled(x, grad) for x in gradients)
         cast = (None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
         return (*cast, None, None)
-
-
-def _kept_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the gradient of x waits for the backward pass.
-
-    Where x is float16 the loss will be scaled up for the sake of its range, and only the backward pass knows by what.
-    """
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 class _Pass:
@@ -202,11 +203,11 @@ class _Pass:
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def plan(self, vocabulary: int, products: torch.dtype) -> list[Group]:
+    def plan(self, vocabulary: int, products: torch.dtype, sum_bytes: int) -> list[Group]:
         """The batch as groups of whole sequences; sets `path`, `reason` and `chunk_tokens`."""
         tokens = len(self.labels)
         device = self.labels.device
-        limit = self.chunk_tokens or default_chunk_tokens(vocabulary, products.itemsize, device)
+        limit = self.chunk_tokens or chunk_limit(tokens, vocabulary, products.itemsize, device, sum_bytes)
         self.chunk_tokens = limit
         lengths = self.lengths
         if self.recompute or self.own_call or not self.in_runs:
@@ -270,7 +271,7 @@ class _Pass:
         tokens, device = len(self.labels), hidden.device
         vocabulary = weight.shape[0]
         high = torch.promote_types(products, torch.float32)
-        groups = self.plan(vocabulary, products)
+        groups = self.plan(vocabulary, products, bytes_of_sum(weight, products) if needs[1] else 0)
         alone = len(groups) == 1 and any(needs)  # what gives the coefficients gives the loss too
         if self.normalizer is None and not (alone and products != torch.float16):
             self.normalizer = self._score(torch.zeros(tokens, dtype=high, device=device), slice(None)).normalizer
@@ -286,14 +287,14 @@ class _Pass:
         largest = max((stop - start for g in groups for start, stop in g.pieces), default=0)
         buffer = workspace.take("chunk", (largest, vocabulary), products, device)
         chunks = sum(len(g.pieces) for g in groups)
-        d_hidden = torch.empty_like(hidden, dtype=_kept_dtype(hidden)) if needs[0] else None
+        d_hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden)) if needs[0] else None
         unit = None
         if products == torch.float16:
             own = torch.as_tensor(self.normalizer, device=device).to(high).reshape(())
             unit = torch.where(own > 0, 1 / own, 1.0)
         d_weight = None
         if needs[1]:
-            d_weight = WeightGradient(weight, _kept_dtype(weight), products, chunks, self.vocab_chunk, unit)
+            d_weight = WeightGradient(weight, kept_dtype(weight), products, chunks, self.vocab_chunk, unit)
         d_bias = torch.zeros(vocabulary, dtype=high, device=device) if needs[2] else None
 
         for group in groups:
@@ -323,7 +324,7 @@ class _Pass:
         gradients = (
             d_hidden,
             None if d_weight is None else d_weight.finish(),
-            None if d_bias is None or bias is None else d_bias.to(_kept_dtype(bias)),
+            None if d_bias is None or bias is None else d_bias.to(kept_dtype(bias)),
         )
         return self.scored.loss.detach(), gradients
 

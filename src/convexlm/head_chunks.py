@@ -56,6 +56,25 @@ def default_chunk_tokens(vocabulary: int, element_size: int, device: torch.devic
     return max(_FEWEST_TOKENS, tokens - tokens % _FEWEST_TOKENS)
 
 
+def chunk_limit(tokens: int, vocabulary: int, element_size: int, device: torch.device, sum_bytes: int) -> int:
+    """The default chunk for a batch of so many target tokens: `default_chunk_tokens`, or on a GPU all of them.
+
+    Where the weight's gradient is narrower than float32, several chunks need a float32 sum beside it, and every one
+    reads and writes that sum once more. So the batch is one chunk if its logits take no more than the sum would.
+
+    Args:
+        tokens: targets of the batch.
+        vocabulary: logits a target.
+        element_size: bytes a logit.
+        device: where.
+        sum_bytes: of the float32 sum that several chunks would need and one would not.
+    """
+    limit = default_chunk_tokens(vocabulary, element_size, device)
+    if device.type != "cpu" and limit < tokens and (tokens - limit) * vocabulary * element_size <= sum_bytes:
+        return tokens
+    return limit
+
+
 def pieces_of(start: int, stop: int, chunk_tokens: int) -> tuple[tuple[int, int], ...]:
     """The range cut into as few pieces of at most `chunk_tokens` as possible, of nearly equal size."""
     count = max(1, -(-(stop - start) // chunk_tokens))

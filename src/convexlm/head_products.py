@@ -106,6 +106,21 @@ def add_bias_gradient(chunk: Tensor, factor: Tensor, total: Tensor) -> None:
         total.addmv_(part.t(), factor[first : first + rows])
 
 
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of x waits for the backward pass.
+
+    Where x is float16 the loss will be scaled up for the sake of its range, and only the backward pass knows by what.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def bytes_of_sum(weight: Tensor, products: torch.dtype) -> int:
+    """Size of the float32 sum beside the weight's gradient that several chunks need and a single one does not."""
+    dtype = kept_dtype(weight)
+    one_needs_none = products == dtype and products != torch.float16
+    return weight.numel() * 4 if one_needs_none and dtype.itemsize < 4 else 0
+
+
 class WeightGradient:
     """The sum over chunks of chunk^T @ (factor * hidden): (V, H), summed in float32 or better.
 

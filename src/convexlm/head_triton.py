@@ -156,6 +156,36 @@ def score_rows_triton(
         numbers.correct[place] = correct.bool()
 
 
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale x by factor in place; nothing is read or written if the factor is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < count
+        x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x_ptr + places, (x * factor).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x, contiguous and of 32 bits or fewer, times a 0-d factor, in place; the product is rounded once."""
+    block = 4096
+    if x.numel():
+        _scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+    return x
+
+
+@lru_cache(maxsize=8)
+def can_scale(device: torch.device) -> bool:
+    """Whether Triton can compile and run `scale_` on this device; tried once a process."""
+    try:
+        two = torch.full((), 2.0, device=device)
+        return scale_(torch.ones(3, dtype=torch.bfloat16, device=device), two).tolist() == [2.0, 2.0, 2.0]
+    except Exception as error:  # a compiler or driver that triton cannot work with: a product does it
+        logger.warning("gradients of the head are scaled without Triton on %s (%s)", device, error)
+        return False
+
+
 @lru_cache(maxsize=32)
 def kernel_pays(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
     """Whether the kernel beats torch's operations on this device: both are timed, once a process."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convexlm import head_chunks
-from convexlm.head_products import CPU_TILE, products_dtype
+from convexlm.head_products import CPU_TILE, bytes_of_sum, products_dtype
 from convexlm.head_tiles import GPU_ROWS_BYTES, HALF, cpu_rows_bytes
 
 if TYPE_CHECKING:
@@ -301,6 +301,9 @@ def _head_buffers(weight: Tensor, shape: StepShape) -> _HeadBuffers:
     products = products_dtype("cpu", wanted) if on_cpu else wanted
     limit = shape.chunk_tokens or chunk_tokens_on(vocabulary, products.itemsize, shape.device, shape.device_bytes)
     tokens = shape.batch * shape.length
+    if not (on_cpu or shape.chunk_tokens):  # as `head_chunks.chunk_limit`
+        spared = bytes_of_sum(weight, products) if weight.requires_grad else 0
+        limit = tokens if 0 < (tokens - limit) * vocabulary * products.itemsize <= spared else limit
     chunk = min(tokens, limit)
     size, high = products.itemsize, max(products.itemsize, 4)
     rows = min(chunk, max(1, (cpu_rows_bytes() if on_cpu else GPU_ROWS_BYTES) // (vocabulary * high)))
