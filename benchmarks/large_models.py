@@ -2,9 +2,10 @@
 
     python benchmarks/large_models.py --data DATA --output results/large_models.json
 
-Full fine-tuning in bf16 and LoRA, each with MLE and convex, 30 steps on padded batches of Alpaca records, a process
-each; about four minutes on an H100 or H200, with --seconds as the limit of all. `--model 58m --batch 4 --steps 3` runs
-the same on a CPU, to see that it runs. The head and single steps are compared by training.py.
+Full fine-tuning in bf16, LoRA, and LoRA on weights of 4 bits (QLoRA: nf4, double quantization; needs bitsandbytes),
+each with MLE and convex, 30 steps on padded batches of Alpaca records, a process each; about six minutes on an H100 or
+H200, with --seconds as the limit of all. `--model 58m --batch 4 --steps 3` runs them on a CPU, to see that they run.
+QLoRA writes its 13 GB of base weights to TMPDIR first. The head and single steps are compared by training.py.
 
 MFU is the useful FLOPs of the tokens that are no padding (2 a parameter forward, 2 for the gradient by activations, 2
 for that by weights where they are trained, and attention's; recomputed layers not counted), over the GPU's dense bf16
@@ -23,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RUNS = {"full, mle": (False, "mle"), "full, convex": (False, "convex")}
-RUNS |= {"lora, mle": (True, "mle"), "lora, convex": (True, "convex")}
+RUNS = {f"{kind}, {name}": (kind, name) for kind in ("full", "lora", "qlora") for name in ("mle", "convex")}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the makers' data sheets
 MAX_LENGTH = 512
 NOT_COUNTED = 5  # steps at the beginning
@@ -88,7 +88,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from convexlm.tokenizer_files import load_tokenizer
     from training_steps import SHAPES, _dataset
 
-    lora, objective = RUNS[name]
+    kind, objective = RUNS[name]
+    lora = kind != "full"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, pad_token_id=0, **SHAPES[args.model])
     settings = {"data": args.data, "layout": "padded", "batch": args.batch, "rows": 0, "steps": args.steps}
@@ -99,6 +100,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with torch.device(device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(before)
+    if kind == "qlora":
+        model = in_four_bits(model)
     peft_config = None
     if lora:
         from peft import LoraConfig
@@ -154,6 +157,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         dtype="bfloat16",
         mixed_precision="bf16" if device == "cuda" else None,
         peft_config=peft_config,
+        quantized="4bit" if kind == "qlora" else None,
+        double_quantized=kind == "qlora",
         device=device,
         device_bytes=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
     )
@@ -183,6 +188,31 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "tokens": tokens,
     }
+
+
+def in_four_bits(model: Any) -> Any:
+    """The model by way of a checkpoint, as `--load_in_4bit` loads one; the given one's memory is freed."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        device = model.device
+        model.to("meta")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        where = {"": 0 if device.type == "cuda" else "cpu"}
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=bits, dtype=torch.bfloat16, device_map=where
+        )
 
 
 def flops_per_token(config: Any, length: float, *, trained: bool) -> float:

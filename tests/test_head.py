@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convexlm import head as head_module
-from convexlm import head_products
+from convexlm import head_products, head_scaling
 from convexlm.head import fused_objective
 from convexlm.head_chunks import chunk_limit, default_chunk_tokens, pieces_of, plan_groups
 from convexlm.head_products import products_dtype
@@ -308,6 +308,27 @@ def test_the_loss_may_be_scaled_added_and_used_again(dtype):
         assert torch.equal(got, wanted)
     with pytest.raises(RuntimeError, match="second time"):
         grads(loss)
+
+
+def test_whether_gradients_may_be_overwritten_is_what_backward_was_told():
+    """On a GPU the factor is put into the formed gradients, but not where they can be asked for again."""
+    seen = []
+
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(head_scaling._graph_is_kept())
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    y = Asking.apply(x).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    y.backward()
+    assert seen == [True, False] and head_scaling._graph_is_kept()
 
 
 def test_tied_embeddings_add_up():

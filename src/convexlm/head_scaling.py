@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale x by factor, a 0-d tensor; within a backward pass whose graph is freed after it, on a GPU in x's own memory.
+    """Scale x by factor, a 0-d tensor; on a GPU in the memory of x, in a backward pass whose graph is freed after it.
 
     Args:
         x: floating, any shape; not to be used afterwards.
