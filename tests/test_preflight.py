@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from convexlm import pipeline
+from convexlm import pipeline, preflight
 from convexlm.errors import UserError
 from convexlm.pipeline import run_recipe
 from convexlm.plan import make_plan
@@ -45,6 +45,16 @@ def with_file(tmp_path: Path, count: int, **changes: Any) -> Recipe:
     return load(tmp_path, **{**own, "arms": arms, "train__max_steps": None, **changes})
 
 
+def test_older_names_of_a_configs_keys_are_known(tmp_path: Path) -> None:
+    older = {"model__config__rope_theta": 5e5, "model__config__torch_dtype": "float32"}
+    config = preflight.spelled_config(load(tmp_path, **older, model__config__architectures=["LlamaForCausalLM"]))
+    assert config.rope_parameters["rope_theta"] == 5e5
+    scaled = {"model__config__rope_theta": 5e5, "model__config__rope_scaling": {"type": "linear", "factor": 2.0}}
+    recipe = load(tmp_path, **scaled)
+    assert preflight.spelled_config(recipe).rope_parameters["rope_theta"] == 5e5
+    assert recipe.model["config"]["rope_scaling"] == {"type": "linear", "factor": 2.0}, "left as it was given"
+
+
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -68,7 +78,20 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model__config__hidden_size": 33}, "model.config: Class validation error"),
         ({"model__config__hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
         ({"model__config__model_type": "t5"}, "has no causal language model of the type `t5`"),
+        (
+            {"model__config__hiden_size": 64},
+            "model.config: a config of the type `llama` has no `hiden_size`; did you mean",
+        ),
+        ({"model__config__rope_tetha": 1e6}, "has no `rope_tetha`"),
         ({"model__dtype": "float99"}, "arm `base`: --dtype float99: not a floating type of torch"),
+        (
+            {"model__attn_implementation": "nope"},
+            "arm `base`: --attn_implementation nope: not one that transformers has",
+        ),
+        (
+            {"model__use_peft": True, "model__lora_r": 0, "arms": {"mle": {"objective": "mle"}}},
+            "arm `mle`: --lora_r must be at least 1, not 0",
+        ),
         ({"model__dtype": "int8"}, "arm `base`: --dtype int8: not a floating type of torch"),
         (
             {"model__use_peft": True, "arms": {"mle": {"objective": "mle"}}},

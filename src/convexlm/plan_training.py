@@ -12,7 +12,7 @@ from convexlm.launch.sharding import sharding_here, sharding_of_file
 from convexlm.memory import gigabytes
 from convexlm.pipeline import world_size
 from convexlm.plan_data import Data, count_records, sample_lengths
-from convexlm.training_model import peft_config_of, refuse_adapter_on_nothing, refuse_quantized_training
+from convexlm.training_model import check_model_options, peft_config_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,8 +75,7 @@ def plan_training(
         made = build_options({**values, "use_cpu": True, "bf16": False, "fp16": False})
     options, model_options, train_config = made
     check_numbers(train_config)
-    refuse_quantized_training(model_options)
-    refuse_adapter_on_nothing(model_options, options)
+    check_model_options(model_options, options)
     data = data or count_records(options.dataset, options.template, options.max_records)
     epoch = (
         None if data.records is None or train_config.packing else steps_of_epoch(train_config, data.records, processes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import difflib
 import math
 import os
 from pathlib import Path
@@ -100,14 +102,35 @@ def spelled_config(recipe: Recipe) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    values = dict(spelled)
+    values = copy.deepcopy(dict(spelled))  # transformers writes into nested ones
+    model_type = str(values.pop("model_type", None))
     try:
-        config = AutoConfig.for_model(str(values.pop("model_type", None)), **values)
+        config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config: {' '.join(str(error).split())[:200]}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.config: transformers has no causal language model of the type `{config.model_type}`")
+    _refuse_unknown_keys(model_type, values, config)
     return config
+
+
+def _refuse_unknown_keys(model_type: str, values: dict[str, Any], config: Any) -> None:
+    """See that every key makes a difference: transformers keeps one that it does not know, and takes its default.
+
+    Raises:
+        UserError: a key is neither the config's nor an older name of another.
+    """
+    from transformers import AutoConfig
+
+    plain = AutoConfig.for_model(model_type)
+    known = {*plain.to_dict(), *plain.attribute_map}
+    for name in sorted(values.keys() - known):
+        rest = copy.deepcopy({key: value for key, value in values.items() if key != name})
+        without = AutoConfig.for_model(model_type, **rest).to_dict()
+        if all(value == without.get(key) for key, value in config.to_dict().items() if key != name):
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            raise UserError(f"model.config: a config of the type `{model_type}` has no `{name}`{meant}")
 
 
 def check_files(recipe: Recipe) -> dict[str, int]:
@@ -264,13 +287,13 @@ def _check_training(
 ) -> None:
     from convexlm.refusals import refuse_what_cannot_be_honoured
     from convexlm.training_checks import check_numbers, check_settings
-    from convexlm.training_model import refuse_adapter_on_nothing
+    from convexlm.training_model import check_model_options
     from convexlm.verbs.train import build_options
 
     # No device is taken here, and none is needed to tell.
     other = {key: value for key, value in options.items() if key not in _OF_DEVICES}
     data, model, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
-    refuse_adapter_on_nothing(model, data)
+    check_model_options(model, data)
     check_numbers(config)
     try:
         refuse_what_cannot_be_honoured(config, config.build_objective(), {})

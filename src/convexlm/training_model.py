@@ -23,12 +23,8 @@ def check_model(options: ModelConfig, data: DataOptions) -> None:
         UserError: none, two, or one that cannot be trained as asked.
     """
     name = options.model_name_or_path
-    refuse_quantized_training(options)
-    _check_adapter(options)
+    check_model_options(options, data)
     if data.config_name:
-        if quantized := _quantized(options):
-            raise UserError(f"--{quantized}: a new model (--config_name) has no weights to quantize; leave it out")
-        refuse_adapter_on_nothing(options, data)
         if name:
             raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
         return
@@ -47,22 +43,22 @@ def check_model(options: ModelConfig, data: DataOptions) -> None:
             raise UserError(f"--model_name_or_path {name}: no weights in safetensors format there")
 
 
-def refuse_quantized_training(options: ModelConfig) -> None:
-    """See that quantized weights, which get no gradient, are trained through an adapter.
+def check_model_options(options: ModelConfig, data: DataOptions) -> None:
+    """See that model options can be meant, whatever files there are: also asked before anything is loaded.
 
     Raises:
-        UserError: they are not.
+        UserError: one has a value that it cannot have, quantized weights, which get no gradient, would be trained
+            themselves, or an adapter on a new model, which no checkpoint holds.
     """
-    if (quantized := _quantized(options)) and not options.use_peft:
-        raise UserError(f"--{quantized}: quantized weights cannot be trained; give --use_peft true, or leave it out")
-
-
-def refuse_adapter_on_nothing(options: ModelConfig, data: DataOptions) -> None:
-    """See that an adapter has a base that it can be loaded with again.
-
-    Raises:
-        UserError: it is to be trained on a new model, which no checkpoint holds.
-    """
+    if quantized := _quantized(options):
+        if not options.use_peft:
+            raise UserError(
+                f"--{quantized}: quantized weights cannot be trained; give --use_peft true, or leave it out"
+            )
+        if data.config_name:
+            raise UserError(f"--{quantized}: a new model (--config_name) has no weights to quantize; leave it out")
+    _check_adapter(options)
+    _check_attention(options.attn_implementation)
     if options.use_peft and data.config_name:
         raise UserError(
             "--use_peft: an adapter's checkpoints hold no base, and a new one (--config_name) is saved nowhere; train "
@@ -77,6 +73,16 @@ def _check_adapter(options: ModelConfig) -> None:
         raise UserError(f"--lora_r must be at least 1, not {options.lora_r}")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora_dropout must be at least 0 and below 1, not {options.lora_dropout}")
+
+
+def _check_attention(name: str | None) -> None:
+    if not name or "/" in name:  # a kernel's repository on the hub
+        return
+    from transformers import AttentionInterface
+
+    known = ["eager", *(key for key in AttentionInterface().valid_keys() if "|" not in key)]
+    if name not in known:
+        raise UserError(f"--attn_implementation {name}: not one that transformers has; known: {', '.join(known)}")
 
 
 def _quantized(options: ModelConfig) -> str | None:
