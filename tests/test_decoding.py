@@ -56,6 +56,7 @@ def test_a_search_has_a_name_and_settings():
     "options",
     [
         {"num_beams": 0},
+        {"num_beams": 10**30},
         {"num_beams": True},
         {"num_beams": 2.0},
         {"max_new_tokens": 0},

@@ -68,6 +68,8 @@ class Search:
         }
         for name, bound in least.items():
             _check_whole(name, getattr(self, name), bound)
+            if getattr(self, name) >= 2**31:  # a count in libraries written in C
+                raise UserError(f"{name} must be below 2147483648, not {getattr(self, name)}")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
