@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -195,7 +197,6 @@ def test_unusable_files_are_told_in_one_line(tmp_path: Path) -> None:
     assert "empty" in said(b"")
     assert "empty" in said(gzip.compress(b""))
     assert "line 3: not UTF-8 (byte 0xe4)" in said("a\nb\nä".encode("latin-1"))
-    assert "not UTF-8" in said("text".encode("utf-16"))
     assert "cannot be read" in said(packed[:-20])
     assert "cannot be read" in said(packed[:10])
     assert "cannot be read" in said(packed[:40] + b"\x00\x00\xff\xff" + packed[44:])
@@ -204,6 +205,27 @@ def test_unusable_files_are_told_in_one_line(tmp_path: Path) -> None:
         files.read_text(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         files.read_text("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (lzma.compress(b"text"), "is compressed with xz; unpack it, or use gzip"),
+        (bz2.compress(b"text"), "is compressed with bzip2; unpack it, or use gzip"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "is compressed with zstd; unpack it, or use gzip"),
+        (b"PK\x03\x04\x14\x00\xff", "is a zip archive; unpack it"),
+        (b"PAR1\x15\xff", "is a parquet file, expected text"),
+        ("text".encode("utf-16"), "is UTF-16; convert it to UTF-8 first"),
+        (b"\xfe\xff" + "text".encode("utf-16-be"), "is UTF-16; convert it to UTF-8 first"),
+    ],
+)
+def test_what_holds_text_in_another_form_is_called_by_its_name(tmp_path: Path, content: bytes, what: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    for read in (files.read_text, lambda path: list(files.iter_lines(path))):
+        with pytest.raises(UserError) as error:
+            read(path)
+        assert str(error.value) == f"{path}: {what}"
 
 
 # -- hashes

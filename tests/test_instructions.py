@@ -136,7 +136,7 @@ def test_max_records(tmp_path):
     path = write(tmp_path / "a.jsonl", *[ALPACA] * 5)
     assert len(load_records(path, max_records=3)) == 3
     assert len(load_records(path, max_records=9)) == 5
-    for bad in (0, -1, True):
+    for bad in (0, -1, True, 10**30):
         with pytest.raises(UserError, match="max_records must be at least 1"):
             load_records(path, max_records=bad)
 
@@ -146,15 +146,23 @@ def test_parquet_and_folder(tmp_path):
 
     table = datasets.Dataset.from_list([ALPACA, {**ALPACA, "input": None}])
     table.to_parquet(tmp_path / "a.parquet")
+    table.to_parquet(tmp_path / "B.PARQUET")
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "dict")
     expected = [r.prompt for r in load_records(write(tmp_path / "a.jsonl", ALPACA, {**ALPACA, "input": None}))]
-    for source in ("a.parquet", "one", "dict"):
+    for source in ("a.parquet", "B.PARQUET", "one", "dict"):
         assert [r.prompt for r in load_records(tmp_path / source)] == expected
     assert load_records(tmp_path / "a.parquet")[1].id == "a.parquet#2"
     assert load_records(tmp_path / "dict")[1].id == "dict[train]#2"
     with pytest.raises(UserError, match="no split `test`; there are: train"):
         load_records(tmp_path / "dict", split="test")
+
+
+def test_what_a_prompt_says_already_is_no_loss(tmp_path):
+    said = {"prompt": "Be brief.\n\nQ", "completion": "A", "system": "Be brief.\n"}
+    empty = {"prompt": "Q", "completion": "A", "system": None, "history": [], "image": ""}
+    found = load_records(write(tmp_path / "d.jsonl", said, empty))
+    assert [record.prompt for record in found] == ["Be brief.\n\nQ", "Q"]
 
 
 def test_hub_name(monkeypatch):
@@ -197,6 +205,15 @@ GOOD = json.dumps(ALPACA)
         ('{"instruction": "a", "input": 3, "output": "b"}', "`input` must be text, found a number"),
         ('{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "`history` is not in the prompt of the"),
         ('{"instruction": "a", "output": "b", "system": "c"}', "`system` is not in the prompt of the template"),
+        ('{"instruction": "a", "output": "b", "tools": "c"}', "`tools` is not in the prompt of the template"),
+        ('{"instruction": "a", "output": "b", "context": "c"}', "`context` is not in the prompt.*put it into `input`"),
+        ('{"instruction": "a", "output": "b", "images": ["c.png"]}', "line 1: `images` would be left out"),
+        ('{"prefix": "a", "text": "b", "system": "c"}', "`system` is not in `prefix`, which is used as it is"),
+        ('{"prompt": "a", "completion": "b", "system": "c"}', "`system` is not in `prompt`, which is used as it is"),
+        ('{"prompt": "a", "completion": "b", "history": [["c", "d"]]}', "`history` is not in `prompt`"),
+        ('{"prompt": "a", "completion": "b", "image": "c.png"}', "line 1: `image` would be left out"),
+        ('{"messages": [], "images": ["c.png"]}', "line 1: `images` would be left out"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', "write `conversations` as `messages`"),
         ('{"instruction": null, "output": "b"}', "`instruction` and `input` are both empty"),
         ('{"prefix": "a", "text": "</s>"}', "no answer before its"),
         ('{"prefix": "a"}', "no output: the key `text` is missing"),

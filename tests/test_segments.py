@@ -90,6 +90,12 @@ def test_other_sources_are_refused_too(tmp_path: Path) -> None:
         check_aligned([read[first], read[without], read[second]])
 
 
+def test_an_id_of_null_is_none(tmp_path: Path) -> None:
+    (tmp_path / "n.jsonl").write_text('{"id": null, "hypothesis": "a"}\n{"id": null, "hypothesis": "b"}\n')
+    found = read_segments(tmp_path / "n.jsonl", "hypothesis")
+    assert (found.texts, found.ids) == (["a", "b"], None)
+
+
 def test_ids_count_only_where_every_record_has_one(tmp_path: Path) -> None:
     path = tmp_path / "h.jsonl"
     path.write_text('{"id": 1, "hypothesis": "a"}\n{"hypothesis": "b"}\n', encoding="utf-8")

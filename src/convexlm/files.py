@@ -150,6 +150,26 @@ def _read_bytes(path: str | Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
+# How files begin that hold text, but not as it is read here.
+_PACKED = {
+    b"\xfd7zXZ\x00": "is compressed with xz; unpack it, or use gzip",
+    b"BZh": "is compressed with bzip2; unpack it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it, or use gzip",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is a parquet file, expected text",
+    b"\xff\xfe": "is UTF-16; convert it to UTF-8 first",
+    b"\xfe\xff": "is UTF-16; convert it to UTF-8 first",
+}
+
+
+def _not_utf8(path: str | Path, begin: bytes, line: int, bad: int) -> UserError:
+    """What to say of bytes that are no UTF-8, by how the file begins."""
+    for mark, what in _PACKED.items():
+        if begin.startswith(mark):
+            return UserError(f"{path}: {what}")
+    return UserError(f"{path}, line {line}: not UTF-8 (byte 0x{bad:02x}); convert it first")
+
+
 def _decode(path: str | Path, raw: bytes, *, torn_end_ok: bool = False) -> str:
     try:
         return raw.decode("utf-8-sig")
@@ -157,7 +177,7 @@ def _decode(path: str | Path, raw: bytes, *, torn_end_ok: bool = False) -> str:
         if torn_end_ok and error.reason == "unexpected end of data":  # cut in the middle of a character
             return raw[: error.start].decode("utf-8-sig")
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it first") from None
+        raise _not_utf8(path, raw[:8], line, raw[error.start]) from None
 
 
 def iter_lines(path: str | Path) -> Iterator[str]:
@@ -167,10 +187,11 @@ def iter_lines(path: str | Path) -> Iterator[str]:
         UserError: as `read_text`, when the line in question is reached.
     """
     path = Path(path)
-    number = 0
+    number, begin = 0, b""
     try:
         with path.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
+            begin = raw.read(8)
+            zipped = begin[:2] == b"\x1f\x8b"
             raw.seek(0)
             with gzip.open(raw) if zipped else contextlib.nullcontext(raw) as file:
                 for number, line in enumerate(file, start=1):
@@ -180,8 +201,7 @@ def iter_lines(path: str | Path) -> Iterator[str]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a file") from None
     except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise UserError(f"{path}, line {number}: not UTF-8 (byte 0x{bad:02x}); convert it first") from None
+        raise _not_utf8(path, begin, number, error.object[error.start]) from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

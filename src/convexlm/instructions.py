@@ -19,17 +19,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import iter_lines, read_text
+from convexlm.instruction_rows import iter_rows
 from convexlm.templates import Template, get_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     Reader = Callable[[Mapping[str, Any], Template], "Record"]
 
@@ -102,6 +102,11 @@ def detect_format(row: Mapping[str, Any]) -> Format:
         if known.keys[0] in row:
             return known
     keys = ", ".join(f"`{key}`" for key in row) or "none"
+    if "conversations" in row:  # ShareGPT's
+        raise UserError(
+            f"unknown record format with the keys {keys}; write `conversations` as `messages`, each with a `role` "
+            "(system, user, assistant) and its `content`"
+        )
     formats = "; ".join(f"{known.name} ({', '.join(known.keys)})" for known in FORMATS.values())
     raise UserError(f"unknown record format with the keys {keys}; known formats: {formats}")
 
@@ -122,21 +127,31 @@ def _read_double(row: Mapping[str, Any], template: Template) -> Record:
 
 def _from_fields(row: Mapping[str, Any], template: Template, fields: dict[str, str]) -> Record:
     """Fill the template; the record's other texts are fields too, so a user's template may ask for any of them."""
+    _refuse_media(row)
     others = {key: value for key, value in row.items() if isinstance(value, str) and key != "output"}
     completion = _answer(row, "output")
     given = {**others, "input": _optional_text(row, "input"), **fields}
     prompt = template.fill(given)
-    for key in _OF_DIALOGUES:
+    for key in (*_BESIDE_A_PROMPT, "context"):
         if row.get(key) and (key not in others or template.fill({**given, key: ""}) == prompt):
             raise UserError(
-                f"`{key}` is not in the prompt of the template `{template.name}` and would be left out; write the "
-                "record as `messages`, or take it away"
+                f"`{key}` is not in the prompt of the template `{template.name}` and would be left out; "
+                f"{'put it into `input`' if key == 'context' else 'write the record as `messages`'}, or take it away"
             )
     return Record(prompt, completion)
 
 
-# What some datasets have beside an instruction or messages.
-_OF_DIALOGUES = ("system", "history")
+# What some datasets have beside an instruction, a prompt or messages, and mean as a part of the prompt.
+_BESIDE_A_PROMPT = ("system", "history", "tools")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    for key in _MEDIA:
+        if row.get(key):
+            raise UserError(
+                f"`{key}` would be left out, for only text is trained on here; take it away, or the record"
+            )
 
 
 @register_format("prefix_text", ("prefix", "text"))
@@ -167,8 +182,9 @@ def _read_messages(row: Mapping[str, Any], template: Template) -> Record:
 
 
 def _refuse_template_settings(row: Mapping[str, Any]) -> None:
-    """What TRL hands to the chat template beside the messages, and decoding would not have."""
-    for key in ("tools", "chat_template_kwargs", *_OF_DIALOGUES):
+    """What TRL hands to the chat template or the model beside the messages, and decoding would not have."""
+    _refuse_media(row)
+    for key in ("chat_template_kwargs", *_BESIDE_A_PROMPT):
         if row.get(key):
             raise UserError(
                 f"`{key}` is not handed to the chat template here; write it into the messages, or train with "
@@ -204,6 +220,14 @@ def _used_as_is(row: Mapping[str, Any], key: str, template: Template) -> str:
         raise UserError(f"`{key}` must be text, found {_kind(row.get(key))}")
     if template.name == "chat":
         raise UserError(f"`{key}` is a whole prompt and is used as it is; for the template `chat` give messages")
+    _refuse_media(row)
+    for other in _BESIDE_A_PROMPT:
+        value = row.get(other)
+        if value and not (isinstance(value, str) and value.strip() in row[key]):
+            raise UserError(
+                f"`{other}` is not in `{key}`, which is used as it is, and would be left out; write it there, or take "
+                "it away"
+            )
     return row[key]
 
 
@@ -279,10 +303,10 @@ def check_max_records(max_records: int | None) -> None:
     """Refuse a number that would leave nothing.
 
     Raises:
-        UserError: it is below 1.
+        UserError: it is below 1, or more than can be counted.
     """
-    if max_records is not None and (isinstance(max_records, bool) or max_records < 1):
-        raise UserError(f"max_records must be at least 1, found {max_records}")
+    if max_records is not None and (isinstance(max_records, bool) or not 1 <= max_records <= sys.maxsize):
+        raise UserError(f"max_records must be at least 1 and at most {sys.maxsize}, found {max_records}")
 
 
 def no_records(dataset: str | Path) -> UserError:
@@ -300,7 +324,7 @@ def iter_records(
     """
     filler = get_template(template)
     first: tuple[str, Format] | None = None
-    for row_id, where, row in _rows(dataset, split, streaming):
+    for row_id, where, row in iter_rows(dataset, split, streaming):
         try:
             if not isinstance(row, dict):
                 raise UserError(f"expected a JSON object, found {_kind(row)}")
@@ -321,93 +345,3 @@ def _check_encodable(record: Record) -> None:
         json.dumps([record.prompt, record.completion, record.messages], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError("a lone surrogate (half of a \\uD83D\\uDE00-like pair) is in the text; repair it") from None
-
-
-def _rows(dataset: str | Path, split: str, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
-    """Every record with its id and with where it is, for messages."""
-    path = Path(dataset)
-    try:
-        kind = "folder" if path.is_dir() else "file" if path.exists() else ""
-    except (OSError, ValueError) as error:  # a name too long for the system, a NUL in it
-        raise UserError(f"{dataset!s:.80}: no file name and no dataset name ({error})") from None
-    if kind == "file":
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path, streaming)
-        return
-    if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(dataset))):
-        raise UserError(f"{dataset}: no such file")
-    rows = load_dataset(str(dataset), split, is_folder=bool(kind), streaming=streaming)
-    for number, row in enumerate(rows, start=1):
-        yield f"{path.name}[{split}]#{number}", f"{dataset} [{split}], record {number}", row
-
-
-_DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".zip"}
-
-
-def _json_rows(path: Path, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
-    numbered = ((number, line) for number, line in enumerate(iter_lines(path), start=1) if line.strip())
-    begin = next(numbered, None)
-    if begin is None:
-        raise UserError(f"{path}: the file is empty")
-    start = begin[1].lstrip()[0]
-    if start == "[":
-        if streaming:
-            raise UserError(f"{path}: a JSON array is read as a whole; for --streaming write one object a line")
-        rows = _parse(read_text(path), path, 0)
-        if not rows:
-            raise UserError(f"{path}: the array is empty")
-        for number, row in enumerate(rows, start=1):
-            yield f"{path.name}#{number}", f"{path}, record {number}", row
-        return
-    if start != "{":
-        raise UserError(f"{path}: expected a JSON array of objects, or one JSON object a line (JSON Lines)")
-    for number, line in itertools.chain([begin], numbered):
-        yield f"{path.name}:{number}", f"{path}, line {number}", _parse(line, path, number)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    """JSON from a whole file (`line` is 0) or from one line of it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {line or error.lineno}"
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
-        where = f"{path}, line {line}" if line else str(path)
-        raise UserError(f"{where}: JSON that cannot be read ({error})") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield f"{path.name}#{number}", f"{path}, record {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({error})") from None
-
-
-def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = False) -> Any:
-    """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run.
-
-    Raises:
-        UserError: it cannot be loaded, or has no such split.
-    """
-    import datasets
-
-    try:
-        if is_folder and any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(name)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
-                found = found[split]
-            return found
-        return datasets.load_dataset(name, split=split, **({"streaming": True} if streaming else {}))
-    except UserError:
-        raise
-    except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        what = "cannot be loaded as a dataset" if is_folder else "no such file, and not loadable from the hub"
-        raise UserError(f"{name}: {what} ({reason})") from None

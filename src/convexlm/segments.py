@@ -76,7 +76,7 @@ def read_segments(path: str | Path, key: str) -> Segments:
     for number, record in enumerate(records, start=1):
         if not isinstance(record.get(key), str):
             raise UserError(f"{path}, record {number}: no text under `{key}`")
-        if "id" in record:
+        if record.get("id") is not None:
             identity = str(record["id"])
             if identity in seen:
                 raise UserError(f"{path}, record {number}: the id `{identity}` is given twice")

@@ -23,14 +23,8 @@ from typing import TYPE_CHECKING, Any
 from convexlm.chat_templates import said_of_special_text
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, write_atomic
-from convexlm.instructions import (
-    FORMATS,
-    Record,
-    check_max_records,
-    iter_records,
-    load_dataset,
-    no_records,
-)
+from convexlm.instruction_rows import load_dataset
+from convexlm.instructions import FORMATS, Record, check_max_records, iter_records, no_records
 from convexlm.progress import note
 from convexlm.templates import get_template
 from convexlm.tokenization import answer_end, check_max_length, nothing_left, tokenize_batch
@@ -316,10 +310,11 @@ def _options(tokenizer: Any) -> Mapping[str, Any]:
 
 def _code_hash(template: str) -> list[str] | None:
     """The hash of the code that makes rows of records: this package's, and what plugins have registered."""
-    from convexlm import chat_templates, instructions, templates, tokenization
+    from convexlm import chat_templates, instruction_rows, instructions, templates, tokenization
 
     functions: list[Any] = [*(known.read for known in FORMATS.values()), get_template(template).render]
-    files = {inspect.getsourcefile(module) for module in (instructions, templates, chat_templates, tokenization)}
+    modules = (instruction_rows, instructions, templates, chat_templates, tokenization)
+    files = {inspect.getsourcefile(module) for module in modules}
     try:
         files |= {inspect.getsourcefile(inspect.unwrap(function)) for function in functions}
         code = sorted(file_sha256(str(file)) for file in files)

@@ -1,0 +1,104 @@
+"""Where instruction data lie: a file, a folder or a name on the hub -> rows, as yet of any format."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexlm.errors import UserError
+from convexlm.files import iter_lines, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".zip"}
+
+
+def iter_rows(dataset: str | Path, split: str, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
+    """Every record with its id and with where it is, for messages; see `instructions.iter_records`."""
+    path = Path(dataset)
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.exists() else ""
+    except (OSError, ValueError) as error:  # a name too long for the system, a NUL in it
+        raise UserError(f"{dataset!s:.80}: no file name and no dataset name ({error})") from None
+    if kind == "file":
+        yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path, streaming)
+        return
+    if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(dataset))):
+        raise UserError(f"{dataset}: no such file")
+    rows = load_dataset(str(dataset), split, is_folder=bool(kind), streaming=streaming)
+    for number, row in enumerate(rows, start=1):
+        yield f"{path.name}[{split}]#{number}", f"{dataset} [{split}], record {number}", row
+
+
+def _json_rows(path: Path, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
+    numbered = ((number, line) for number, line in enumerate(iter_lines(path), start=1) if line.strip())
+    begin = next(numbered, None)
+    if begin is None:
+        raise UserError(f"{path}: the file is empty")
+    start = begin[1].lstrip()[0]
+    if start == "[":
+        if streaming:
+            raise UserError(f"{path}: a JSON array is read as a whole; for --streaming write one object a line")
+        rows = _parse(read_text(path), path, 0)
+        if not rows:
+            raise UserError(f"{path}: the array is empty")
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}#{number}", f"{path}, record {number}", row
+        return
+    if start != "{":
+        raise UserError(f"{path}: expected a JSON array of objects, or one JSON object a line (JSON Lines)")
+    for number, line in itertools.chain([begin], numbered):
+        yield f"{path.name}:{number}", f"{path}, line {number}", _parse(line, path, number)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    """JSON from a whole file (`line` is 0) or from one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line or error.lineno}"
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number with thousands of digits
+        where = f"{path}, line {line}" if line else str(path)
+        raise UserError(f"{where}: JSON that cannot be read ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}#{number}", f"{path}, record {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({error})") from None
+
+
+def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = False) -> Any:
+    """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    try:
+        if is_folder and any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
+                found = found[split]
+            return found
+        return datasets.load_dataset(name, split=split, **({"streaming": True} if streaming else {}))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        what = "cannot be loaded as a dataset" if is_folder else "no such file, and not loadable from the hub"
+        raise UserError(f"{name}: {what} ({reason})") from None
