@@ -376,7 +376,7 @@ def test_a_folder_that_is_there_stays_the_same_one(
 def test_an_output_that_cannot_be_is_told_before_the_work(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convexlm.export._load", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr("convexlm.export.load", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("file/out", "file/deeper/out", "loop", "loop/out", "x" * 300):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm import adapters
@@ -13,7 +14,6 @@ from convexlm.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     import torch
 
@@ -50,41 +50,48 @@ def load_model(
         UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
             numbers in their place).
     """
-    from transformers import AutoModelForCausalLM
-
     folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
     # Weights go straight to a GPU, without a copy of the model in main memory.
     placement = {} if device == "cpu" else {"device_map": {"": device}}
-    model, report = _or_refuse(
-        f"{folder}: cannot be loaded as a causal language model",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **placement,
-        ),
-    )
-    if (folder / "generation_config.json").is_file():
-        load_generation_config(folder)  # transformers goes on without one that cannot be read, and without its EOS
-    lacking = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
-    if lacking:
-        raise UserError(f"{folder}: its weights do not fit its config ({len(lacking)} missing, such as {lacking[0]})")
+    model = whole_model(folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code, **placement)
     if is_adapter(checkpoint):
         from peft import PeftModel
 
         # Not merged, unless asked for: in bfloat16 a merged model is another one than was trained.
         put = adapters.merge_adapter if merge_adapter else PeftModel.get_base_model
-        model = _or_refuse(
+        model = or_refuse(
             f"{checkpoint}: the adapter cannot be put on its base model {folder}",
-            lambda: put(_with_adapter(model, checkpoint, device)),
+            lambda: put(with_adapter(model, checkpoint, device)),
         )
     return model.eval()
 
 
-def _with_adapter(model: Any, adapter: Path, device: str) -> Any:
+def whole_model(name: str | Path, **options: Any) -> Any:
+    """A causal language model of a folder or hub name, from safetensors only; all of its weights come from there.
+
+    Args:
+        name: the folder or the name.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
+            numbers in their place).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = or_refuse(
+        f"{name}: cannot be loaded as a causal language model",
+        lambda: AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options),
+    )
+    if (Path(name) / "generation_config.json").is_file():
+        load_generation_config(Path(name))  # transformers goes on without one that cannot be read, and without its EOS
+    lacking = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
+    if lacking:
+        raise UserError(f"{name}: its weights do not fit its config ({len(lacking)} missing, such as {lacking[0]})")
+    return model
+
+
+def with_adapter(model: Any, adapter: Path, device: str) -> Any:
     """The base model with the adapter beside it.
 
     Raises:
@@ -124,7 +131,7 @@ def load_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
-    return _or_refuse(
+    return or_refuse(
         f"{folder}: its config cannot be read",
         lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code),
     )
@@ -136,14 +143,14 @@ def load_generation_config(checkpoint: Path) -> Any:
 
     folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
     if (folder / "generation_config.json").is_file():
-        return _or_refuse(
+        return or_refuse(
             f"{folder}: its generation config cannot be read",
             lambda: GenerationConfig.from_pretrained(folder, local_files_only=True),
         )
     return GenerationConfig.from_model_config(load_config(checkpoint))
 
 
-def _or_refuse(what: str, load: Callable[[], Any]) -> Any:
+def or_refuse(what: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; its failure as one line. Running out of memory is passed on as it is."""
     from accelerate.utils.memory import should_reduce_batch_size
 

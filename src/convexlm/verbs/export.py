@@ -66,6 +66,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"files: {', '.join(result['files'])}", markup=False, soft_wrap=True)
+    if not result["tokenizer"]:
+        console.print("note:  no tokenizer was there to go with it")
     console.print(f"card:  {result['card']} ({result['scores']} scores)", markup=False, soft_wrap=True)
     loader = "peft.AutoPeftModelForCausalLM" if result["kind"] == "adapter" else "transformers.AutoModelForCausalLM"
     console.print(f'load:  {loader}.from_pretrained("{result["output_dir"]}")', markup=False, soft_wrap=True)
