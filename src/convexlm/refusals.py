@@ -76,6 +76,26 @@ def refuse_lost_weights(collator: Any, datasets: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_packed_rows(collator: Any, datasets: Mapping[str, Any]) -> None:
+    """Refuse packed rows where batches are padded, in which a row would count as one sequence.
+
+    Args:
+        collator: the trainer's; one of the user's own may see to such rows.
+        datasets: by what the message calls them.
+
+    Raises:
+        ValueError: there are such rows.
+    """
+    if not isinstance(collator, ConvexCollator) or collator.padding_free or collator.packed_rows:
+        return
+    for name, dataset in datasets.items():
+        if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"{name} is packed already (it has a column `seq_lengths`), and without `packing` a row would be "
+                "one sequence, each of its records seeing those before it; use `packing=True` or `padding_free=True`"
+            )
+
+
 def _other_losses(args: ConvexConfig, objective: Objective, given: Mapping[str, Any]) -> list[str]:
     reasons = []
     if given.get("compute_loss_func") is not None:

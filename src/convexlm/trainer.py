@@ -7,7 +7,6 @@ ranks), records may carry a `weight`, and the statistics that are logged are sum
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from dataclasses import replace
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer, pack_dataset
+from trl import SFTTrainer
 
 from convexlm.accelerate_environment import leave_the_environment
 from convexlm.adapters import regularised_in_parts
-from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of, weight_of
+from convexlm.causality import refuse_looking_ahead, refuse_other_models
+from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
@@ -32,10 +31,10 @@ from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
+from convexlm.prepared_data import PreparedData
 from convexlm.quantized import keep_gradients
 from convexlm.record_separation import refuse_mixing
-from convexlm.record_weights import check_record_weights, columns_of
-from convexlm.refusals import refuse_lost_weights, refuse_prompt_learning, refuse_what_cannot_be_honoured
+from convexlm.refusals import refuse_packed_rows, refuse_prompt_learning, refuse_what_cannot_be_honoured
 from convexlm.repeats import NoRepeats
 from convexlm.sampling import SamplingOrder
 
@@ -49,8 +48,10 @@ logger = logging.getLogger(__name__)
 leave_the_environment()
 
 
-class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingOrder, NoRepeats, SFTTrainer):
-    """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes.
+class ConvexTrainer(
+    NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingOrder, NoRepeats, PreparedData, SFTTrainer
+):
+    """Trains a causal language model with `args.objective`. Takes what `trl.SFTTrainer` takes, by keyword.
 
     A dataset may have a column `weight` (a finite number of at least 0 a record, 1 if absent): it multiplies the
     record's part in loss, gradient and normaliser. A column `record_id` names records in reports.
@@ -72,6 +73,8 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             )
         self.objective: Objective = args.build_objective()
         refuse_what_cannot_be_honoured(args, self.objective, kwargs)
+        if not isinstance(model, str):
+            refuse_other_models(model)
         self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
         self._seen: Tensor | None = None
         self._resumed_from: str | None = None
@@ -93,6 +96,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             )
         refuse_prompt_learning(self.model, flat=self.padding_free, left=args.padding_side == "left")
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        refuse_other_models(base)
         keep_gradients(base)
         if kwargs.get("data_collator") is None:
             in_rows = self.padding_free and not args.padding_free and keeps_packed_rows(base.config)
@@ -103,6 +107,9 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_side=args.padding_side,
             )
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            refuse_packed_rows(self.data_collator, {f"the {name} dataset": dataset})
         if self.padding_free:
             refuse_mixing(self, base)
         if self.aux_loss_enabled:
@@ -112,6 +119,7 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
             raise ValueError(reason)
         add_fused_objective(base)
         refuse_other_logits(self, base)
+        refuse_looking_ahead(self, base)
         # Both print to stdout, which belongs to results.
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm and any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -123,88 +131,6 @@ class ConvexTrainer(NonFiniteGuard, DurableCheckpoints, ForeignStates, SamplingO
         self._init_durable()
         if not getattr(kwargs.get("train_dataset"), "endless", False):
             self._warn_of_a_stream(self.train_dataset, "training")
-
-    # -- data ---------------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        """TRL's preparation, with the `weight` column carried through packing."""
-        if self._lifted_max_length is not None:
-            args = copy.copy(args)
-            args.max_length = self._lifted_max_length
-        check_record_weights(dataset, f"{dataset_name} dataset")
-        columns = columns_of(dataset)
-        if packing and "seq_lengths" in columns:
-            # Packed already: from `evaluate(trainer.eval_dataset)`, or by TRL, which prepares each of a dict twice.
-            # Its rows would be packed as if they were records.
-            return dataset
-        has_weights = "weight" in columns
-        before = len(dataset) if isinstance(dataset, Dataset) else None
-        named = isinstance(dataset, Dataset) and RECORD in columns and dataset_name == "train"
-        if packing and (has_weights or named):
-            dataset = self._prepare_packed(dataset, processing_class, args, formatting_func, dataset_name, named)
-        else:
-            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if before is not None and not packing and len(dataset) < before:
-            logger.warning(
-                "%s dataset: %d of %d records were dropped, for no target token of theirs lies within max_length=%s",
-                *(dataset_name, before - len(dataset), before, args.max_length),
-            )
-            if len(dataset) == 0:
-                raise ValueError(f"the {dataset_name} dataset is empty: give a larger `max_length`, or other records")
-        return dataset
-
-    def _prepare_packed(
-        self, dataset: Any, processing_class: Any, args: Any, formatting_func: Any, name: str, named: bool
-    ) -> Any:
-        # TRL's own packing keeps only token columns, so the weight becomes one: a number for every token. Of the
-        # records' names it takes the numbers.
-        if args.max_length is None:
-            raise ValueError("`packing` needs a `max_length`: the length of a packed row")
-        unpacked_args = copy.copy(args)
-        unpacked_args.max_length = None  # packing itself cuts or splits what is too long
-        dataset = super()._prepare_dataset(dataset, processing_class, unpacked_args, False, formatting_func, name)
-        map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-        has_weights = "weight" in columns_of(dataset)
-        spread = {"_weight": "weight"} if has_weights else {}
-        if named:
-            self._record_names = dataset[RECORD]
-            spread["_record"] = RECORD
-
-        def spell_out(example: dict[str, Any], number: int) -> dict[str, list[Any]]:
-            length = len(example["input_ids"])
-            made: dict[str, list[Any]] = {}
-            if has_weights:
-                weight = example["weight"]
-                # A list: a row that is wrapped already, which comes out as it was.
-                made["_weight"] = weight if isinstance(weight, list) else [weight_of(weight)] * length
-            if named:
-                made["_record"] = [number] * length
-            return made
-
-        dataset = dataset.map(spell_out, with_indices=True, **map_kwargs)
-        dataset = dataset.select_columns(["input_ids", "labels", *spread]).rename_columns(spread)
-        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "weight" not in self._signature_columns:
-            self._signature_columns.append("weight")
-        # A collator of the user's own would try to make a tensor of them; and where a stream is dealt out by one
-        # process, only tensors travel.
-        deals = isinstance(self.train_dataset, IterableDataset) and self.accelerator.dispatch_batches is not False
-        own = isinstance(self.data_collator, ConvexCollator) and not (deals and self.accelerator.num_processes > 1)
-        if own and RECORD not in self._signature_columns:
-            self._signature_columns.append(RECORD)
-
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; `evaluate` and `predict` take datasets that nobody has looked at yet."""
-        refuse_lost_weights(self.data_collator, {f"the {description.lower()} dataset": dataset})
-        if dataset is not self.train_dataset:
-            self._warn_of_a_stream(dataset, description.lower())
-        return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
