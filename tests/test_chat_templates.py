@@ -27,6 +27,11 @@ LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
+    "{% elif m.role == 'assistant' %}A: {{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
 ASK = [{"role": "user", "content": "Hi\n there é 🦙"}]
 TALK = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
 FAMILIES = {  # TRL's copy of the template, EOS, BOS, other special tokens
@@ -165,6 +170,43 @@ def test_special_text_in_the_data_is_told(tmp_path, capsys):
         assert told in (said := capsys.readouterr().err) and bool(told) == ("is written in" in said)
         next(RecordStream(*made).one_pass())
         assert told in (said := capsys.readouterr().err) and bool(told) == ("is written in" in said)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (template_of("smolvlm"), [{"role": "user", "content": "Hi"}], "message 1, of the role `user`"),
+        (NO_SYSTEM, [{"role": "system", "content": "Be brief."}, *TALK], "message 1, of the role `system`"),
+        (NO_SYSTEM, [*TALK[:2], {"role": "human", "content": "C?"}], "message 3, of the role `human`"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(template, messages, lost):
+    """The rendering is no error, and the model would be trained and decoded without the text."""
+    tokenizer = byte_tokenizer("</s>", "<s>", template=template)
+    record = Record("", "B.", id="r1", messages=messages)
+    with pytest.raises(UserError, match=f"record r1: .*leaves out {lost}"):
+        tokenize_records([record], tokenizer, CHAT, None)
+
+
+def test_what_has_no_text_is_not_left_out():
+    tokenizer = byte_tokenizer("</s>", "<s>", template=NO_SYSTEM)
+    assert encode_prompt(tokenizer, [{"role": "system", "content": " "}, *TALK], CHAT) == encode_prompt(
+        tokenizer, TALK, CHAT
+    )
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3_8", "nemotron_3_nano", "qwen3", "gptoss"])
+def test_an_answer_in_an_open_block_is_told(name, tmp_path, capsys):
+    tokenizer = byte_tokenizer("<eos>", "<bos>", template=template_of(name))
+    for answer in ("4", "2 + 2 is 4.\n</think>\n\n4"):
+        path = tmp_path / "d.jsonl"
+        path.write_text(json.dumps({"messages": [*ASK, {"role": "assistant", "content": answer}]}) + "\n")
+        made = [str(path), "chat", tokenizer, CHAT, None]
+        prepare_data(*made, cache_dir=tmp_path / "cache")
+        told = "prompt ends in `<think>`, and an answer (d.jsonl:1) does not close it" in capsys.readouterr().err
+        next(RecordStream(*made).one_pass())
+        assert told == ("does not close it" in capsys.readouterr().err)
+        assert told == (answer == "4" and name not in ("qwen3", "gptoss"))
 
 
 def test_refused_record_is_named():

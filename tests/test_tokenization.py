@@ -158,6 +158,22 @@ def test_hostile_texts_round_trip(llama, add_prefix_space):
         assert tokenizer.decode(answer) == text
 
 
+def test_a_tokenizer_that_drops_blanks_puts_none_before_the_answer():
+    """XGLM's normalizer takes a line end for a blank and drops it, so behind one a text would begin anew."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate("<>▁:abcHelo好")}, []))
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<", eos_token=">", clean_up_tokenization_spaces=False
+    )
+    for text, answer in (("Hello", "Hello"), ("好", "好"), (" Hello", "▁Hello"), ("a", "a"), (":", ":")):
+        found = encode_record(tokenizer, Record("abc:", text), PromptSettings())[1]
+        assert "".join(tokenizer.convert_ids_to_tokens(found)) == answer + ">"
+
+
 def test_special_text_is_text(plain):
     prompt, answer = encode_record(plain, Record("</s><s><|im_start|>", "x</s>"), PromptSettings())
     assert prompt[0] == plain.bos_token_id

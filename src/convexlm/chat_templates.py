@@ -33,11 +33,47 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str:
 
     Raises:
         UserError: the tokenizer has no chat template.
-        RefusedMessages: it does not take these messages.
+        RefusedMessages: it does not take these messages, or leaves one out.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use another template, or set its chat_template")
-    return _render(tokenizer, messages, True)
+    text = _render(tokenizer, messages, True)
+    _refuse_to_leave_out(tokenizer, messages)
+    return text
+
+
+_looked_at: dict[tuple[str, tuple[tuple[str, bool], ...]], int | None] = {}  # which message is left out, if one is
+
+
+def _refuse_to_leave_out(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> None:
+    """See that every message with a text gets into the prompt, by a word in its place; once for each order of roles.
+
+    Many templates pass over a role that they do not know, some the system's, and those of vision models all texts.
+    """
+    asked = [_has_text(turn) for turn in messages]
+    key = (tokenizer.get_chat_template(), tuple(zip((str(turn.get("role")) for turn in messages), asked, strict=True)))
+    if key not in _looked_at:
+        words = [f"word{number}end" for number in range(len(messages))]
+        turns = [
+            {**turn, "content": word} if has else turn for turn, word, has in zip(messages, words, asked, strict=True)
+        ]
+        try:
+            text = _render(tokenizer, turns, True)
+        except RefusedMessages:  # it looks at what is in them, and takes them as they are
+            text = "".join(words)
+        lost = (number for number, has in enumerate(asked) if has and words[number] not in text)
+        _looked_at[key] = next(lost, None)
+    if (number := _looked_at[key]) is not None:
+        raise RefusedMessages(
+            f"the tokenizer's chat template leaves out message {number + 1}, of the role "
+            f"`{messages[number].get('role')}`; put its text into another message, or set another chat_template"
+        )
+
+
+def _has_text(turn: dict[str, Any]) -> bool:
+    """Whether a turn has a text that no template may leave out; beside a tool call some do."""
+    content = turn.get("content")
+    return isinstance(content, str) and bool(content.strip()) and not turn.get("tool_calls")
 
 
 def end_of_turn(tokenizer: Any) -> str | None:
@@ -81,7 +117,15 @@ def special_texts(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
 
 
-def said_of_special_text(records: Sequence[Record], tokenizer: Any, template: str) -> str:
+def said_of_records(records: Sequence[Record], tokenizer: Any, template: str) -> list[str]:
+    """What to tell before records are trained on, for it may not be what is meant."""
+    said = [_said_of_special_text(records, tokenizer, template)]
+    if template == "chat" and getattr(tokenizer, "chat_template", None):
+        said.append(_said_of_open_block(records, tokenizer))
+    return [one for one in said if one]
+
+
+def _said_of_special_text(records: Sequence[Record], tokenizer: Any, template: str) -> str:
     """What to tell of records with special tokens written in them, as prompts rendered elsewhere have; empty if none.
 
     Messages are not looked at, only the answer: in them it is what one wants.
@@ -95,6 +139,27 @@ def said_of_special_text(records: Sequence[Record], tokenizer: Any, template: st
                 "give dialogues as `messages` (template chat), and answers without an end mark"
             )
     return ""
+
+
+def _said_of_open_block(records: Sequence[Record], tokenizer: Any) -> str:
+    """What to tell of answers behind a generation prompt that has opened a block (`<think>`); empty if none.
+
+    Qwen3.5's template does, and DeepSeek R1's. An answer that does not close it is learned as a thought.
+    """
+    try:
+        asked = render_chat(tokenizer, records[0].messages or [{"role": "user", "content": records[0].prompt}])
+    except RefusedMessages:  # told with the record's name when it is tokenized
+        return ""
+    opened = re.search(r"<(\w+)>\s*$", asked)
+    if opened is None or (close := f"</{opened[1]}>") not in tokenizer.get_chat_template():
+        return ""
+    record = next((record for record in records if close not in record.completion), None)
+    if record is None:
+        return ""
+    return (
+        f"the chat template's prompt ends in `<{opened[1]}>`, and an answer ({record.id}) does not close it, so it is "
+        f"trained as what stands inside; write `{close}` into the answers, or set a chat_template that opens none"
+    )
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from convexlm.chat_templates import said_of_special_text
+from convexlm.chat_templates import said_of_records
 from convexlm.errors import UserError
 from convexlm.instructions import check_max_records, iter_records, no_records
 from convexlm.progress import note
@@ -79,7 +79,7 @@ class RecordStream:
         rows = truncated = start = dropped = weighed = 0
         named: list[str] = []
         while batch := list(itertools.islice(records, _BATCH)):
-            if not self._looked and (said := said_of_special_text(batch, self.tokenizer, self.template)):
+            for said in [] if self._looked else said_of_records(batch, self.tokenizer, self.template):
                 note(f"  {self.dataset}: {said}")
             self._looked = True
             done = tokenize_batch(batch, self.tokenizer, self.settings, self.max_length, start)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.chat_templates import said_of_special_text
+from convexlm.chat_templates import said_of_records
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, write_atomic
 from convexlm.instruction_rows import load_dataset
@@ -138,7 +138,7 @@ def _build(
     count = 0
     with ArrowWriter(path=str(work / "records.arrow"), features=Features({"record": Value("large_string")})) as writer:
         for batch in _batches(itertools.islice(records, max_records)):
-            if not count and (said := said_of_special_text(batch, made["tokenizer"], template)):
+            for said in [] if count else said_of_records(batch, made["tokenizer"], template):
                 note(f"  {name}: {said}")
             writer.write_batch({"record": [_to_text(record) for record in batch]})
             count += len(batch)
