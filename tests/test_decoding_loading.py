@@ -75,6 +75,26 @@ def test_an_adapter_whose_file_lacks_weights_is_refused(checkpoint: Path, tmp_pa
             answers(tmp_path)
 
 
+def test_weights_of_layers_that_a_model_does_not_have_are_told(checkpoint: Path, tmp_path: Path):
+    """transformers and PEFT leave them out: what answers then is another model."""
+    shallow = tmp_path / "shallow"
+    shutil.copytree(checkpoint, shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"9 are of layers that it does not have, such as model\.layers\.1\."):
+        answers(shallow)
+    weights = load_file(checkpoint / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    kept["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # which older versions saved
+    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
+    assert answers(shallow)
+    make_adapter(checkpoint, tmp_path / "adapter")
+    named = tmp_path / "adapter" / "adapter_config.json"
+    named.write_text(json.dumps({**json.loads(named.read_text()), "base_model_name_or_path": str(shallow)}))
+    with pytest.raises(UserError, match=r"no place for 4 of its weights, such as .*layers\.1\..*lora_A\.weight"):
+        answers(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}],

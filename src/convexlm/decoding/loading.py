@@ -13,7 +13,7 @@ from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -74,8 +74,8 @@ def whole_model(name: str | Path, **options: Any) -> Any:
         options: of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
-            numbers in their place).
+        UserError: it cannot be loaded, its weights do not cover the model (transformers would go on with random
+            numbers in their place), or they have layers that the model's config does not (it would leave them out).
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,25 +88,49 @@ def whole_model(name: str | Path, **options: Any) -> Any:
     lacking = sorted(map(str, [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]))
     if lacking:
         raise UserError(f"{name}: its weights do not fit its config ({len(lacking)} missing, such as {lacking[0]})")
+    if beyond := _of_other_layers(report.get("unexpected_keys", ()), model):
+        said = f"{len(beyond)} are of layers that it does not have, such as {beyond[0]}"
+        raise UserError(f"{name}: its weights do not fit its config ({said})")
     return model
+
+
+def _of_other_layers(unexpected: Iterable[str], model: Any) -> list[str]:
+    """Names of weights that the model has, too, but for the number of the layer.
+
+    Others that a model has no place for may be left out by right, such as buffers that older versions saved; layers
+    for the prediction of several tokens are not among the unexpected: transformers knows their names.
+    """
+
+    def anywhere(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".N.", name.replace(".default.", "."))  # PEFT's name of the only adapter
+
+    own = {anywhere(name) for name, _ in model.named_parameters() if ".N." in anywhere(name)}
+    return sorted(name for name in map(str, unexpected) if anywhere(name) in own)
 
 
 def with_adapter(model: Any, adapter: Path, device: str) -> Any:
     """The base model with the adapter beside it.
 
     Raises:
-        ValueError: the adapter's file lacks weights. PEFT warns, and goes on with those that training begins with.
+        ValueError: the adapter's file lacks weights, or has some for layers that the model does not have. PEFT goes
+            on with those that training begins with, and without the others.
     """
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     _fit_vocabulary(model, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, adapter, local_files_only=True, torch_device=device)
+            whole = PeftModel.from_pretrained(model, adapter, local_files_only=True, torch_device=device)
         except UserWarning as warning:
             lacking = [name.replace(".default.", ".") for name in re.findall("'([^']+)'", str(warning))]
             raise ValueError(f"its file lacks {len(lacking)} of its weights, such as {lacking[-1]}") from None
+    # `from_pretrained` does not say what it left out; putting the same weights there once more does.
+    unexpected = set_peft_model_state_dict(whole, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+    if left_out := _of_other_layers(unexpected, whole):
+        raise ValueError(f"the model has no place for {len(left_out)} of its weights, such as {left_out[0]}")
+    return whole
 
 
 def _fit_vocabulary(model: Any, adapter: Path) -> None:
