@@ -18,6 +18,7 @@ from convexlm.tokenization import (
     load_tokenizer,
     tokenize_records,
 )
+from convexlm.tokenizer_files import said_of_bos
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -204,6 +205,23 @@ def test_bos_rule(plain):
     assert encode_prompt(plain, "a", PromptSettings(add_bos=False)) == plain("a")["input_ids"]
     with pytest.raises(UserError, match="no BOS token"):
         encode_prompt(byte_level(bos_token=None), "a", PromptSettings(add_bos=True))
+
+
+def test_a_bos_that_the_tokenizer_does_not_put_is_told(plain, tmp_path):
+    """BLOOM's tokenizer has one, puts it nowhere and does not say so; TRL would train without it."""
+    from tokenizers.processors import TemplateProcessing
+
+    told = "prompts begin with `<s>`, which the tokenizer itself puts before no text"
+    assert told in said_of_bos(plain, True, ["someone/model"])
+    assert not said_of_bos(plain, False, ["someone/model"])
+    PromptSettings("alpaca", True).save(tmp_path / "checkpoint")
+    assert not said_of_bos(plain, True, [None, str(tmp_path / "checkpoint")]), "it was trained with it"
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.model").touch()
+    assert not said_of_bos(plain, True, [str(tmp_path / "bare"), None]), "a bare model cannot say"
+    own = byte_level()
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert not said_of_bos(own, True, ["someone/model"])
 
 
 def test_bos_is_never_doubled():

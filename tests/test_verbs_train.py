@@ -39,6 +39,17 @@ SHORT = {
 }
 
 
+def test_a_bos_that_the_tokenizer_does_not_put_is_told(files, tmp_path, capsys):
+    """Where a model that somebody else trained gets one; not of a new model, nor where it was asked for."""
+    nothing = {"dataset": files / "none.jsonl", **SHORT}
+    told = "prompts begin with `<s>`, which the tokenizer itself puts before no text"
+    assert train(tmp_path / "out", model_name_or_path=files / "model", **nothing) == 2
+    assert told in capsys.readouterr().err
+    assert train(tmp_path / "out", model_name_or_path=files / "model", add_bos=True, **nothing) == 2
+    assert train(tmp_path / "out", **new_model(files), **nothing) == 2
+    assert told not in capsys.readouterr().err
+
+
 def test_new_model_then_its_checkpoint_then_lora_then_resume(files, tmp_path, capsys):
     data = files / "alpaca.jsonl"
     first = tmp_path / "first"

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PROBES = ("Hello world", " two  blanks", "a\nb\n\n c", '"</s><s>', "Grüße, 你好 🦙", "1234.5", "\ttab", "")
 _NORMAL, _BPE = 1, 2  # values of sentencepiece's protocol: piece types, model type
@@ -37,9 +40,8 @@ def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False,
         if path.suffix != ".model":
             raise UserError(f"{path}: expected a folder with tokenizer files, or a SentencePiece .model file")
         return _with_pad(_from_sentencepiece(path))
-    bare = path / "tokenizer.model"
-    if bare.is_file() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return _with_pad(_from_sentencepiece(bare))
+    if _is_bare(path):
+        return _with_pad(_from_sentencepiece(path / "tokenizer.model"))
     hub_name = path.suffix != ".model" and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path_or_name))
     if not path.is_dir() and not hub_name:
         raise UserError(f"{path_or_name}: no such file or folder")
@@ -55,6 +57,33 @@ def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False,
     if path.is_dir() and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{path}: no tokenizer in this folder (its vocabulary is empty)")
     return _with_pad(tokenizer)
+
+
+def said_of_bos(tokenizer: Any, add_bos: bool | None, sources: Sequence[str | None]) -> str:
+    """What to tell where prompts begin with a BOS that the tokenizer itself puts before no text; empty if they do not.
+
+    `PromptSettings.resolve` takes a tokenizer that has a BOS and says nothing of it for one that wants it, as a bare
+    SentencePiece model does. BLOOM's has one that it was not trained with.
+
+    Args:
+        tokenizer: any tokenizer of transformers.
+        add_bos: what `resolve` made of None.
+        sources: where tokenizer and model come from. Checkpoints of this package's have it settled.
+    """
+    paths = [Path(source) for source in sources if source]
+    settled = any(path.suffix == ".model" or _is_bare(path) or (path / "convexlm.json").is_file() for path in paths)
+    if not add_bos or settled or tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return ""
+    return (
+        f"  prompts begin with `{tokenizer.bos_token}`, which the tokenizer itself puts before no text, nor TRL; if "
+        "the model was trained without it, set add_bos to false"
+    )
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder has a SentencePiece model and nothing else of a tokenizer."""
+    others = ("tokenizer.json", "tokenizer_config.json")
+    return (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in others)
 
 
 def _with_pad(tokenizer: Any) -> Any:
