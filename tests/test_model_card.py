@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from convexlm.card_objective import objective_lines, objective_of
+from convexlm.errors import UserError
 from convexlm.model_card import write_card
 from convexlm.objectives import get_objective
 
@@ -121,3 +122,67 @@ def test_a_first_training_has_nothing_before_it(tmp_path: Path) -> None:
         "A causal language model trained from random weights with the `mle` objective by convexlm, at step 4:" in text
     )
     assert "Trained before" not in text and "| label_smoothing_factor | 0.1 |" in text and "e = 0.1" in text
+
+
+def trained_alone(folder: Path, **marker: Any) -> Path:
+    """A checkpoint that is in no run folder."""
+    folder.mkdir(parents=True)
+    (folder / "convexlm.json").write_text(json.dumps(marker))
+    return folder
+
+
+def written(tmp_path: Path, checkpoint: Path, run_dir: Path | None = None) -> str:
+    out = tmp_path / "written"
+    out.mkdir()
+    (out / "convexlm.json").write_text((checkpoint / "convexlm.json").read_text())
+    told = {"kind": "plain", "parameters": 1, "dtype": "float32", "base_model": None, "license_name": None}
+    write_card(out, checkpoint=checkpoint, run_dir=run_dir, name="out", **told)  # type: ignore[arg-type]
+    return (out / "README.md").read_text()
+
+
+def test_without_a_recipe_the_checkpoint_says_how_it_was_trained(tmp_path: Path) -> None:
+    text = written(
+        tmp_path,
+        trained_alone(
+            tmp_path / "mine" / "checkpoint-4",
+            objective=get_objective("convex", k=2.0).to_dict(),
+            training={
+                "label_smoothing_factor": 0.1,
+                "k_warmup": 0.2,
+                "neftune_noise_alpha": None,
+                "global_batch": 128,
+            },
+            optimizer={"learning_rate": 2e-5, "weight_decay": 0.0},
+        ),
+    )
+    assert "Labels were smoothed by e = 0.1" in text and "first 20 % of the training steps" in text
+    assert "| learning_rate | 2e-05 |" in text and "| global_batch_size | 128 |" in text
+    assert "NEFTune" not in text and "weight_decay" not in text
+
+
+def test_a_named_run_folder_must_have_the_run_of_the_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    row = {"arm": "mle", "checkpoint": "checkpoint-4", "test_set": "wmt22", "pair": "en-de", "search": "greedy"}
+    rows = [{**row, "seed": seed, "metric": "bleu", "score": 20.0 + seed} for seed in (1, 2)]
+    (run / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    recipe = {"name": "run", "seeds": [1, 2], "arms": ARMS}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("best", "mle", "mle.seed3"):
+        checkpoint = trained_alone(tmp_path / name / "checkpoint-4")
+        with pytest.raises(UserError, match=rf"its folder \(`{name}`\) must be called as the run is"):
+            written(tmp_path / name, checkpoint, run)
+    text = written(tmp_path, trained_alone(tmp_path / "mle.seed2" / "checkpoint-4"), run)
+    assert "22.00" in text and "21.00" not in text
+
+
+def test_scores_are_written_as_the_report_writes_them(tmp_path: Path) -> None:
+    checkpoint = trained_alone(tmp_path / "run" / "train" / "mle" / "checkpoint-4")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({"name": "run", "seeds": [1], "arms": ARMS}))
+    row = {"arm": "mle", "checkpoint": "checkpoint-4", "test_set": "tiny", "pair": "en-de", "search": "greedy"}
+    scores = {"mode_share": 0.87654, "comet": 0.84123, "chrf++": 51.236, "bleu": float("nan"), "ter": True}
+    lines = [json.dumps({**row, "seed": 1, "metric": metric, "score": score}) for metric, score in scores.items()]
+    (tmp_path / "run" / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    text = written(tmp_path, checkpoint)
+    assert "| most probable | 87.7 % |" in text and "| COMET | 0.8412 |" in text and "| chrF++ | 51.24 |" in text
+    assert ".nan" not in text and "BLEU" not in text and "TER" not in text

@@ -103,6 +103,10 @@ def test_the_page_is_written(capsys, tmp_path: Path):
     assert text.startswith("<!doctype html>")
     assert '"k": 5.0' in text
     assert main(["theory", "--page", str(path)]) == 0
+    capsys.readouterr()
+    path.write_text("<!doctype html>mine", encoding="utf-8")
+    assert "is there, and is no earlier page" in refused(capsys, "--page", str(path))
+    assert path.read_text(encoding="utf-8") == "<!doctype html>mine"
 
 
 def test_what_people_see():

@@ -28,7 +28,7 @@ from convexlm.significance import joint_test, mean_difference_test, nothing_diff
 from convexlm.sweep import chosen_checkpoints, read_instruction
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -106,8 +106,13 @@ def _known(folder: RunFolder, inputs: str) -> dict[str, Any] | None:
 
 
 def _own_sha256(folder: RunFolder) -> str:
-    """The hash of the scores without the imported ones, which may be added later, and without seconds of decoding."""
-    own = [row for row in read_scores(folder) if not row.get("imported")]
+    """The hash of the scores as they are now."""
+    return scores_sha256(read_scores(folder))
+
+
+def scores_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The hash that `comparison.json` has of the scores: of the rows without imported ones and seconds of decoding."""
+    own = [row for row in rows if not row.get("imported")]
     return json_sha256([{key: value for key, value in row.items() if key != "decoding"} for row in own])
 
 

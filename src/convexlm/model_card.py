@@ -18,6 +18,7 @@ from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
 from convexlm.quantized import bits_trained_on
 from convexlm.redaction import clean
+from convexlm.report.text import is_number, metric_title, score_text
 from convexlm.runs import VERSIONED, versions
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ SETTINGS = (
     *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora"),
     *("load_in_4bit", "load_in_8bit", "dtype", "model_revision", "seed"),
 )
-METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF", "ter": "TER", "rouge": "ROUGE", "comet": "COMET"}
 _LOCAL = re.compile(r"^(/|~|\.{1,2}(/|$)|[A-Za-z]:[\\/]|\\\\|file:)")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")
 
@@ -81,7 +81,11 @@ def write_card(
     run = find_run(checkpoint, run_dir)
     recipe = load_yaml(run / "recipe.yaml") if run else {}
     arm = _arm_of(checkpoint, recipe)
-    settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_arm(arm, recipe)}
+    if run_dir is not None:
+        _refuse_another_run(checkpoint, arm, recipe, run_dir)
+    # A checkpoint says itself how it was trained, where no recipe does.
+    trained = _told_by(read_marker(checkpoint))
+    settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_arm(arm, recipe)} if run else trained
     before = _arms_before(arm, recipe)
     marker = read_marker(folder)
     objective = marker.get("objective") or objective_of(settings)
@@ -108,7 +112,7 @@ def write_card(
             "",
             _opening(kind, base, objective, parameters, dtype, checkpoint, recipe, before),
             "",
-            *objective_lines(objective, settings),
+            *objective_lines(objective, {**trained, **settings}),
             *_prompt_section(marker.get("prompt") or {}),
             *_data_section(dataset, recipe),
             *_settings_section(settings, recipe, checkpoint),
@@ -156,6 +160,30 @@ def _arm_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str:
     run = checkpoint.resolve().parent.name
     arms = _mapping(recipe, "arms")
     return run if run in arms else re.sub(r"\.seed\d+$", "", run)
+
+
+def _refuse_another_run(checkpoint: Path, arm: str, recipe: Mapping[str, Any], run_dir: str | Path) -> None:
+    """See that a run folder that was named has the run of this checkpoint, whose folder says which one it is.
+
+    Raises:
+        UserError: it has no such run, or several.
+    """
+    arms, run = list(_mapping(recipe, "arms")), checkpoint.resolve().parent.name
+    given = recipe.get("seeds")
+    seeds = [str(seed) for seed in given] if isinstance(given, list) and len(given) > 1 else []
+    if (arms and arm not in arms) or (seeds and _seed_of(checkpoint, recipe) not in seeds):
+        example = (arms or ["ARM"])[0] + (f".seed{seeds[0]}" if seeds else "")
+        raise UserError(
+            f"--run_dir {run_dir}: which of its runs the checkpoint is from cannot be told; its folder (`{run}`) must "
+            f"be called as the run is, such as {example}"
+        )
+
+
+def _told_by(marker: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's marker holds, without those that are off."""
+    told = {**_mapping(marker, "optimizer"), **_mapping(marker, "training")}
+    told["global_batch_size"] = told.get("global_batch")
+    return {key: told[key] for key in SETTINGS if told.get(key)}
 
 
 def _arm(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +243,7 @@ def _scores(run: Path, checkpoint: Path, arm: str) -> list[dict[str, Any]]:
         and row.get("role") != "validation"
         and str(row["checkpoint"]) in (checkpoint.name, checkpoint.name.removeprefix("checkpoint-"))
         and (seed is None or str(row.get("seed")) == seed)
-        and isinstance(row["score"], (int, float))
+        and is_number(row["score"])
     ]
 
 
@@ -229,7 +257,7 @@ def _results(scores: Iterable[Mapping[str, Any]]) -> list[Any]:
             dataset_name=f"{clean(row['test_set'])} {clean(row['pair'])}",
             dataset_config=clean(row["pair"]),
             metric_type=str(row["metric"]),
-            metric_name=f"{METRIC_NAMES.get(str(row['metric']), row['metric'])} ({clean(row['search'])})",
+            metric_name=f"{metric_title(str(row['metric']))} ({clean(row['search'])})",
             metric_value=round(float(row["score"]), 4),
         )
         for row in scores
@@ -241,9 +269,9 @@ def _scores_section(scores: list[dict[str, Any]]) -> list[str]:
         return ["## Scores", "", "None were at hand when this card was written.", ""]
     lines = ["## Scores", "", "| test set | pair | search | metric | score | signature |", "|---|---|---|---|--:|---|"]
     for row in scores:
-        cells = [row["test_set"], row["pair"], row["search"], METRIC_NAMES.get(str(row["metric"]), row["metric"])]
+        cells = [row["test_set"], row["pair"], row["search"], metric_title(str(row["metric"]))]
         shown = [_cell(cell) for cell in cells] + [
-            f"{float(row['score']):.2f}",
+            score_text(row["score"], str(row["metric"])),
             f"`{_cell(row.get('signature', ''))}`",
         ]
         lines.append("| " + " | ".join(shown) + " |")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of comparison.json
 NEEDED = ("recipe", "baseline", "arms", "seeds", "checkpoints", "searches", "metrics", "corpora", "table")
+OF_A_SCORE = ("arm", "seed", "checkpoint", "test_set", "pair", "search", "metric", "score")
 METRICS_FILE = "metrics.jsonl"
 REFERENCES_FILE = "references.jsonl"
 
@@ -99,6 +100,7 @@ def read_run(path: Path) -> RunData:
     versions = recipe.pop("versions", None)
     recipe.pop("plain_seed", None)
     comparison = _read_comparison(folder)
+    scores = _read_scores(folder, comparison)
     runs = _runs(comparison)
     metrics = {run.name: rows for run in runs if (rows := _read_metrics(folder, run))}
     return RunData(
@@ -106,7 +108,7 @@ def read_run(path: Path) -> RunData:
         recipe=recipe,
         versions={str(key): str(value) for key, value in (versions or {}).items()},
         comparison=comparison,
-        scores=list(read_jsonl(folder.scores, torn_last_line_ok=True)),
+        scores=scores,
         runs=runs,
         metrics=metrics,
     )
@@ -152,10 +154,30 @@ def _read_comparison(folder: RunFolder) -> dict[str, Any]:
             raise UserError(f"{folder.comparison}: has no `{key}`; delete it and run the recipe again")
     if not comparison["arms"] or not comparison["metrics"] or not comparison["table"]:
         raise UserError(f"{folder.comparison}: compares nothing; delete it and run the recipe again")
+    for row in comparison["table"]:
+        if lacking := [key for key in ("search", "arm", "metric", "score") if key not in row]:
+            raise UserError(f"{folder.comparison}: a row has no `{lacking[0]}`; delete it and run the recipe again")
     later = ("gaps", "paired", "outputs", "by_length", "by_reference_nll", "checkpoints_scores")
     absent: dict[str, Any] = {key: [] for key in later}
     absent |= {"resampling": {}, "selection": {"on": "last"}, "reference_nll": {"base": None, "reason": None}}
     return absent | comparison
+
+
+def _read_scores(folder: RunFolder, comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `scores.jsonl`, which must be those that were compared: the page shows both."""
+    from convexlm.evaluation import scores_sha256
+
+    rows = list(read_jsonl(folder.scores, torn_last_line_ok=True))
+    for number, row in enumerate(rows, start=1):
+        if lacking := [key for key in OF_A_SCORE if key not in row]:
+            raise UserError(f"{folder.scores}, record {number}: has no `{lacking[0]}`; run the recipe again")
+    # Earlier versions kept no hash.
+    if comparison.get("scores_sha256") not in (None, scores_sha256(rows)):
+        raise UserError(
+            f"{folder.scores}: not the scores that {folder.comparison.name} compares (a run was stopped between the "
+            "two, or one was changed); run the recipe again"
+        )
+    return rows
 
 
 def _runs(comparison: dict[str, Any]) -> list[TrainedRun]:

@@ -113,11 +113,10 @@ def cost_figures(run: RunData) -> list[Figure]:
         names = []
         for search in run.comparison["searches"]:
             rows = [row for row in _final_rows(run, metric) if row["arm"] == arm and row["search"] == search]
-            costs = [_cost(row) for row in rows]
-            known = [cost for cost in costs if cost is not None]
-            if not rows or len(known) < len(rows):
+            cost = _cost(rows)
+            if cost is None:
                 continue
-            points.append((sum(known) / len(known), sum(row["score"] for row in rows) / len(rows)))
+            points.append((cost, sum(row["score"] for row in rows) / len(rows)))
             names.append(str(search))
         if points:
             lines.append(Line("|".join([arm.replace("|", " "), *names]), run.style(arm), points))
@@ -171,9 +170,15 @@ def _final_rows(run: RunData, metric: str) -> list[dict[str, Any]]:
     ]
 
 
-def _cost(row: dict[str, Any]) -> float | None:
-    seconds, count = (row.get("decoding") or {}).get("seconds"), row.get("num_sentences")
-    return seconds / count if is_number(seconds) and is_number(count) and count > 0 and seconds > 0 else None
+def _cost(rows: list[dict[str, Any]]) -> float | None:
+    """Seconds a sentence over all of them, as the table of outputs counts; None where one does not say."""
+    seconds, count = 0.0, 0.0
+    for row in rows:
+        value, number = (row.get("decoding") or {}).get("seconds"), row.get("num_sentences")
+        if not (is_number(value) and is_number(number) and value > 0 and number > 0):
+            return None
+        seconds, count = seconds + value, count + number
+    return seconds / count if rows else None
 
 
 def _step(checkpoint: str) -> int:

@@ -62,11 +62,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Book:
-    """What the browser of sentences shows: `payload` is JSON-ready; `shown` of `total` sentences are in it."""
+    """What the browser of sentences shows: `payload` is JSON-ready; `shown` of `total` sentences are in it.
+
+    They were taken from `scored` ones, a random part where there are too many for sentence scores.
+    """
 
     payload: dict[str, Any]
     shown: int
     total: int
+    scored: int
     has_references: bool
     missing: list[str]
 
@@ -87,6 +91,7 @@ def read_sentences(run: RunData, room: int = ROOM) -> Book:
         items += _read_corpus(run, index, corpus, streams, missing)
     total = len(items)
     items = _scored(items, len(run.comparison["searches"]) * len(run.comparison["seeds"]))
+    scored = len(items)
     items = _fitting(run, items, room)
     payload = {
         "arms": run.arms,
@@ -96,7 +101,7 @@ def read_sentences(run: RunData, room: int = ROOM) -> Book:
         "corpora": [f"{corpus['test_set']} {corpus['pair']}" for corpus in corpora],
         "items": [item.as_list() for item in items],
     }
-    return Book(payload, len(items), total, any(item.scores is not None for item in items), missing)
+    return Book(payload, len(items), total, scored, any(item.scores is not None for item in items), missing)
 
 
 def _read_corpus(

@@ -49,10 +49,10 @@ def is_share(metric: str) -> bool:
 
 
 def score_text(value: Any, metric: str) -> str:
-    """A score: two decimals, or a share in percent; a dash for what is no number."""
+    """A score: two decimals (COMET, which is about 0.8: four), or a share in percent; a dash for what is no number."""
     if not is_number(value):
         return NOTHING
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.2f}"
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.{4 if metric == 'comet' else 2}f}"
 
 
 def share_text(value: Any) -> str:

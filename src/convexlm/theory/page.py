@@ -55,6 +55,11 @@ def render_page(
     return _fill(state)
 
 
+def is_page(content: bytes) -> bool:
+    """Whether a file holds such a page, which may be written anew."""
+    return content.startswith(b"<!doctype html>") and b"<title>What a convex objective wants</title>" in content[:2000]
+
+
 def _choice(objective: Objective) -> str:
     if type(objective) is Convex and objective.level == "token":
         return "token"

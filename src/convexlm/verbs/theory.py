@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
@@ -114,10 +115,12 @@ def _objectives(args: argparse.Namespace) -> list[tuple[float | None, Objective]
 
 def _write_page(path: str, d: Any, lengths: Any, objective: Objective) -> None:
     from convexlm.files import write_atomic
-    from convexlm.theory import render_page
+    from convexlm.theory.page import is_page, render_page
 
     page = render_page(d, lengths, objective)
     try:
+        if Path(path).is_file() and not is_page(Path(path).read_bytes()):
+            raise UserError(f"--page {path}: is there, and is no earlier page; give another name or remove it")
         write_atomic(path, page)
     except OSError as error:
         raise UserError(f"--page {path}: cannot be written ({error.strerror or error})") from None
