@@ -13,6 +13,7 @@ from convexlm.errors import UserError
 from convexlm.pipeline import run_recipe
 from convexlm.plan import make_plan
 from convexlm.recipe import Recipe, load_recipe
+from convexlm.testsets import TestSet
 from pipeline_helpers import recipe_with, write_recipe
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ def test_older_names_of_a_configs_keys_are_known(tmp_path: Path) -> None:
     recipe = load(tmp_path, **scaled)
     assert preflight.spelled_config(recipe).rope_parameters["rope_theta"] == 5e5
     assert recipe.model["config"]["rope_scaling"] == {"type": "linear", "factor": 2.0}, "left as it was given"
+
+
+def test_a_language_without_blanks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load(tmp_path, score={"metrics": ["bleu", "chrf"]})
+    sets = [TestSet("news", pair, ["a"], [["b"]], ["0"]) for pair in ("en-de", "en-th", "de-th")]
+    preflight.check_scoring(recipe, sets)
+    assert capsys.readouterr().err.count("`th` has no blanks between words") == 1
+    preflight.check_scoring(recipe, sets[:1])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(autouse=True)

@@ -120,6 +120,7 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
         ({"compare__baseline": "base"}, "`compare.baseline` is `base`, which is no arm that is decoded: mle, convex"),
         ({"compare__n_samples": 0}, "`compare.n_samples`"),
         ({"compare__n_samples": "many"}, "`compare.n_samples`"),
+        ({"compare__n_samples": 1_000_001}, "`compare.n_samples` must be at most 1000000"),
         ({"compare__seed": -1}, "`compare.seed`"),
         ({"model": []}, "`model` must be a mapping"),
         ({"train": [1]}, "`train` must be a mapping"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,10 @@ def test_score_prints_a_table(files, capsys):
         ([*SCORE, "good", "--tokenize", "x"], "unknown tokenizer `x`"),
         ([*SCORE, "good", "--tokenize", "13a", "--metrics", "chrf"], "--tokenize 13a is for BLEU"),
         ([*SCORE, "good", "--confidence", "--n_samples", "1"], "--n_samples"),
+        (
+            [*SCORE, "good", "--confidence", "--n_samples", "1000001"],
+            "--n_samples: the number of resamples must be at most",
+        ),
         ([*SCORE, "good", "--confidence", "--seed", "-1"], "seed"),
         (["score", "--hypotheses", "good", "--target_lang", "de"], "--references"),
         ([*COMPARE, "a=good"], "at least two"),
@@ -104,6 +109,7 @@ def test_score_prints_a_table(files, capsys):
         ([*COMPARE, "a=good", "b=bad", "--method", "t"], "--method"),
         ([*COMPARE, "a=good", "b=bad", "--n_samples", "0"], "at least 1"),
         ([*COMPARE, "a=good", "b=bad", "--n_samples", "many"], "--n_samples"),
+        ([*COMPARE, "a=good", "b=bad", "--n_samples", "9" * 25], "must be at most 1000000"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(files, capsys, words, message):
@@ -112,6 +118,29 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, words, message):
     assert message in out.err
     assert out.err.count("\n") == 1
     assert out.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["th"],
+            "`th` has no blanks between words, .*: BLEU takes .* go by chrF, or give .* --tokenize flores200 or char",
+        ),
+        (["yue", "--metrics", "bleu", "ter"], "BLEU and TER take .* --tokenize zh for BLEU"),
+        (["yue", "--metrics", "ter", "bleu", "--tokenize", "zh"], "TER takes what stands .*go by chrF$"),
+        (["th", "--tokenize", "char"], None),
+        (["th", "--metrics", "chrf"], None),
+        (["vi"], None),
+    ],
+)
+def test_words_that_no_tokenizer_parts_are_told(files, capsys, words, told):
+    """The number is sacreBLEU's, which says nothing."""
+    assert main([*SCORE, "good", "--target_lang", *words]) == 0
+    said = capsys.readouterr().err.strip()
+    assert re.search(told, said) if told else said == ""
+    assert main([*COMPARE, "a=good", "b=bad", "--n_samples", "20", "--target_lang", *words]) == 0
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_compare_gives_every_test_as_json(files, capsys):

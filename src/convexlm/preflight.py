@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
-from convexlm.scoring import Scorer
+from convexlm.scoring import Scorer, said_of_words
 from convexlm.sweep import read_instruction
 from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
 from convexlm.testsets import TestSet, load_test_set
@@ -77,10 +77,14 @@ def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]
 def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
     """Make every scorer, and fill every instruction, that the sets will need, for a mistake would cost the training.
 
+    Says where a metric counts words in a language that has no blanks between them.
+
     Raises:
         UserError: a tokenizer or a metric's library is missing, a metric cannot take the language, or a language has
             no name for the instruction.
     """
+    from convexlm.progress import note
+
     instruction = read_instruction(recipe)
     for one in sets:
         try:
@@ -88,6 +92,9 @@ def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
             Scorer(one.references, one.pair.split("-")[1], recipe.metrics)
         except UserError as error:
             raise UserError(f"test set `{one.name}`, {one.pair}: {error}") from None
+    for language in dict.fromkeys(one.pair.split("-")[1] for one in sets):
+        if said := said_of_words(language, recipe.metrics):
+            note(said)
 
 
 def spelled_config(recipe: Recipe) -> Any:

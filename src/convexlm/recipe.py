@@ -200,6 +200,10 @@ def check_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     for key, default, least in (("n_samples", 1000, 1), ("seed", 12345, 0)):
         if not is_whole(value := raw["compare"].setdefault(key, default), least):
             raise wrong(f"`compare.{key}` must be a whole number of at least {least}, not {value!r}")
+    from convexlm.resampling import MOST_SAMPLES
+
+    if raw["compare"]["n_samples"] > MOST_SAMPLES:
+        raise wrong(f"`compare.n_samples` must be at most {MOST_SAMPLES}, not {raw['compare']['n_samples']}")
     if not isinstance(wanted := raw["compare"].get("reference_nll", True), bool):
         raise wrong(f"`compare.reference_nll` must be true or false, not {wanted!r}")
     return recipe

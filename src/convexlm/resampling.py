@@ -21,7 +21,21 @@ from convexlm.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
+MOST_SAMPLES = 1_000_000  # more would tell p-values apart that nobody needs to, in more memory than there is
 _CELLS = 1 << 24  # resampled sentences held at a time
+
+
+def check_samples(n_samples: int, least: int = 1) -> int:
+    """A number of resamples that can be made, as it is.
+
+    Raises:
+        UserError: it is below `least`, or above a million.
+    """
+    if n_samples < least:
+        raise UserError(f"the number of resamples must be at least {least}, it is {n_samples}")
+    if n_samples > MOST_SAMPLES:
+        raise UserError(f"the number of resamples must be at most {MOST_SAMPLES}, it is {n_samples}")
+    return n_samples
 
 
 def draw(

@@ -31,6 +31,11 @@ DEFAULT_METRICS = ("bleu", "chrf")
 DEFAULT_SEED = 12345  # sacreBLEU's own
 # Codes that people write for languages with a tokenizer of their own; sacreBLEU would give them 13a and say nothing.
 _OTHER_CODES = {"zho": "zh", "chi": "zh", "cmn": "zh", "cn": "zh", "jpn": "ja", "jp": "ja", "kor": "ko"}
+# Languages without blanks between words that sacreBLEU chooses no tokenizer for, and what may be given instead.
+_NO_BLANKS = {
+    **dict.fromkeys(("bo", "dz", "km", "lo", "my", "th"), "flores200 or char"),
+    **dict.fromkeys(("gan", "lzh", "wuu", "yue"), "zh"),
+}
 
 
 @dataclass(frozen=True)
@@ -320,6 +325,22 @@ def check_language(code: str) -> None:
         raise UserError(f"target language {code!r}: expected a code of two or three small letters, such as de or zh")
     if code in _OTHER_CODES:
         raise UserError(f"target language `{code}`: write `{_OTHER_CODES[code]}`, which sacreBLEU has a tokenizer for")
+
+
+def said_of_words(target_lang: str, metrics: Sequence[str], tokenize: str | None = None) -> str:
+    """What to tell where a metric counts words in a language whose words have no blanks between them; else empty.
+
+    The number is sacreBLEU's for that language, and takes whole phrases for words.
+    """
+    concerned = [name for name in metrics if name == "ter" or (name == "bleu" and tokenize is None)]
+    if target_lang not in _NO_BLANKS or not concerned:
+        return ""
+    titles = " and ".join(get_metric(name).title for name in concerned)
+    hint = f", or give `convexlm score` --tokenize {_NO_BLANKS[target_lang]} for BLEU" if "bleu" in concerned else ""
+    return (
+        f"  `{target_lang}` has no blanks between words, and sacreBLEU no tokenizer that is chosen for it: {titles} "
+        f"take{'' if len(concerned) > 1 else 's'} what stands between blanks for a word; go by chrF{hint}"
+    )
 
 
 def count_empty(hypotheses: Sequence[str]) -> int:

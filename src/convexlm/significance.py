@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.files import json_sha256
 from convexlm.randomization import sacrebleu_test
-from convexlm.resampling import draw, holm, percentile_interval, sacrebleu_p, two_sided_p
+from convexlm.resampling import check_samples, draw, holm, percentile_interval, sacrebleu_p, two_sided_p
 from convexlm.scoring import (
     DEFAULT_METRICS,
     DEFAULT_SEED,
@@ -103,7 +103,7 @@ def paired_test(
     if method not in DEFAULT_SAMPLES:
         raise UserError(f"unknown test `{method}`; known: bs (paired bootstrap), ar (approximate randomization)")
     _check_systems(list(systems))
-    n_samples = DEFAULT_SAMPLES[method] if n_samples is None else _check_samples(n_samples)
+    n_samples = DEFAULT_SAMPLES[method] if n_samples is None else check_samples(n_samples)
     scorer = scorer or Scorer(references, target_lang, metrics, tokenize=tokenize)
     check_lengths({"reference 1": scorer.references[0], **systems})
     corpus = Corpus(target_lang, target_lang, {name: list(lines) for name, lines in systems.items()}, references)
@@ -163,7 +163,7 @@ def joint_test(
         UserError: no corpus, corpora with other systems than the first, and all that `paired_test` refuses.
     """
     names, baseline = _common_systems([corpus.systems for corpus in corpora], baseline)
-    _check_samples(n_samples)
+    check_samples(n_samples)
     scorers, labels = _scorers_and_groups(corpora, metrics)
     rows = []
     for name in metrics:
@@ -213,7 +213,7 @@ def score_intervals(
     """
     if not corpora:
         raise UserError("there is no corpus to score")
-    _check_samples(n_samples)
+    check_samples(n_samples)
     names = list(corpora[0].systems)
     scorers, labels = _scorers_and_groups(corpora, metrics)
     rows = []
@@ -259,7 +259,7 @@ def mean_difference_test(
     import numpy as np
 
     names, baseline = _common_systems(values, baseline)
-    _check_samples(n_samples)
+    check_samples(n_samples)
     if groups is not None and len(groups) != len(values):
         raise ValueError(f"{len(values)} corpora but {len(groups)} groups")
     labels = list(range(len(values))) if groups is None else list(groups)
@@ -373,12 +373,6 @@ def _common_systems(corpora: Sequence[Mapping[str, Any]], baseline: str | None) 
 def _check_systems(names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError(f"a comparison needs at least two systems, there is {len(names)}")
-
-
-def _check_samples(n_samples: int) -> int:
-    if n_samples < 1:
-        raise UserError(f"the number of resamples must be at least 1, it is {n_samples}")
-    return n_samples
 
 
 def is_sure(row: Mapping[str, Any]) -> bool:

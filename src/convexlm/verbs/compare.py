@@ -52,7 +52,7 @@ def make_parser(prog: str) -> VerbParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, check and compare the files that `args` names."""
     from convexlm.files import text_sha256
-    from convexlm.scoring import count_empty, package_versions
+    from convexlm.scoring import count_empty, package_versions, said_of_words
     from convexlm.segments import check_aligned, read_segments
     from convexlm.significance import DEFAULT_SAMPLES, paired_test
 
@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         tokenize=args.tokenize,
     )
+    if said := said_of_words(args.target_lang, args.metrics, args.tokenize):
+        from convexlm.progress import note  # slow to import
+
+        note(said)
     return {
         "baseline": next(iter(files)),
         "systems": [

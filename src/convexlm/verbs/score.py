@@ -45,19 +45,26 @@ def make_parser(prog: str) -> VerbParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, check and score the files that `args` names."""
     from convexlm.errors import UserError
-    from convexlm.scoring import Scorer, first_references
+    from convexlm.resampling import check_samples
+    from convexlm.scoring import Scorer, first_references, said_of_words
     from convexlm.segments import check_aligned, read_segments
 
     if args.n_samples is not None and not args.confidence:
         raise UserError("--n_samples is of the interval that --confidence asks for; add it, or leave --n_samples out")
     n_samples = DEFAULT_SAMPLES if args.n_samples is None else args.n_samples
-    if n_samples < 2:
-        raise UserError(f"--n_samples must be at least 2, it is {n_samples}")
+    try:
+        check_samples(n_samples, least=2)
+    except UserError as error:
+        raise UserError(f"--n_samples: {error}") from None
     read = read_segments(args.hypotheses, "hypothesis")
     streams = [read_segments(path, "reference") for path in args.references]
     check_aligned([read, *streams], [f"{args.hypotheses} (hypotheses)", *args.references])
     hypotheses, references = read.texts, [stream.texts for stream in streams]
     scorer = Scorer(references, args.target_lang, args.metrics, tokenize=args.tokenize)
+    if said := said_of_words(args.target_lang, args.metrics, args.tokenize):
+        from convexlm.progress import note  # slow to import
+
+        note(said)
     scores = scorer.score(hypotheses, confidence=n_samples if args.confidence else 0, seed=args.seed)
     exported = {}
     if args.export_comet:
