@@ -40,24 +40,25 @@ def test_same_trajectory_as_trl(tmp_path, objective, loss_type, packing):
     torch.testing.assert_close(logged(ours, "num_tokens"), logged(theirs, "num_tokens"))
 
 
+def mixture():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=44,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            router_aux_loss_coef=0.5,
+            output_router_logits=True,
+        )
+    )
+
+
 @pytest.mark.parametrize("packing", [False, True])  # packed rows are padded here, and flattened in TRL
 def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path, packing):
-    def mixture():
-        torch.manual_seed(0)
-        return MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=44,
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                num_local_experts=4,
-                router_aux_loss_coef=0.5,
-                output_router_logits=True,
-            )
-        )
-
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4, "packing": packing}
     ours = trained(tmp_path / "ours", rows(14), model=mixture(), objective="mle", **settings)
     theirs = make(tmp_path / "trl", rows(14), model=mixture(), cls=SFTTrainer, config=SFTConfig, **settings)
@@ -66,6 +67,26 @@ def test_load_balancing_loss_is_scaled_as_trl_does(tmp_path, packing):
         torch.testing.assert_close(logged(ours, name), logged(theirs, name), rtol=1e-5, atol=0)
     assert_same_weights(ours, theirs)
     assert (logged(ours, "loss") - logged(ours, "nll") > 0.1).all()  # the auxiliary loss is in the one only
+
+
+def test_the_load_balancing_loss_of_an_evaluation_is_of_its_own_data(tmp_path):
+    small, large = Dataset.from_list(rows(4)), Dataset.from_list(rows(10, seed=7))
+    trainer = make(tmp_path, rows(4), model=mixture(), eval_data=small)
+    wanted = {}
+    for name, data in (("small", small), ("large", large)):
+        parts = [list(data)[start : start + 8] for start in range(0, len(data), 8)]
+        losses = [mixture().eval()(**trainer.data_collator(part)).aux_loss for part in parts]
+        wanted[name] = torch.stack(losses).mean().item()
+    assert trainer.predict(large).metrics["test_aux_loss"] == pytest.approx(wanted["large"], rel=1e-5)
+    assert trainer.evaluate()["eval_aux_loss"] == pytest.approx(wanted["small"], rel=1e-5)
+    found = trainer.evaluate({"small": small, "large": large})
+    for name, value in wanted.items():
+        assert found[f"eval_{name}_aux_loss"] == pytest.approx(value, rel=1e-5)
+    assert [name for line in trainer.state.log_history for name in line if name.endswith("aux_loss")] == [
+        "eval_aux_loss",
+        "eval_small_aux_loss",
+        "eval_large_aux_loss",
+    ]
 
 
 # -- against formulas -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,6 +30,7 @@ from convexlm.checkpoints import (
     rotate,
     step_of,
 )
+from convexlm.converted_weights import has_other_names, load_as_transformers_does
 from convexlm.errors import Stopped
 from convexlm.files import write_atomic
 from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
@@ -127,14 +128,25 @@ class DurableCheckpoints:
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As in the Trainer; an adapter stays in the dtype that it is trained in."""
+        """As in the Trainer; an adapter stays in the dtype that it is trained in, and experts find their weights."""
+        if self._reads_other_names(resume_from_checkpoint):
+            load_as_transformers_does(self.model, resume_from_checkpoint)
+            return
         with kept_dtypes(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self: Any) -> None:
         """As in the Trainer, likewise."""
+        if self._reads_other_names(self.state.best_model_checkpoint):
+            load_as_transformers_does(self.model, self.state.best_model_checkpoint)
+            return
         with kept_dtypes(self.model):
             super()._load_best_model()  # type: ignore[misc]
+
+    def _reads_other_names(self: Any, folder: str) -> bool:
+        # FSDP and DeepSpeed have files of their own, with the model's names.
+        apart = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model)
+        return not apart and has_other_names(self.model, folder)
 
     @contextlib.contextmanager
     def _other_args(self: Any, **changes: Any) -> Iterator[None]:
@@ -193,6 +205,7 @@ class DurableCheckpoints:
             "step": self.state.global_step,
             "last_logged": self._globalstep_last_logged,
             "counts": self._guard_counts(),
+            "aux_loss": list(self._metrics["train"].get("aux_loss", ())),  # of all processes already
             "processes": gather_object([own]),
         }
 
@@ -206,6 +219,8 @@ class DurableCheckpoints:
             return
         self._globalstep_last_logged = content["last_logged"]
         self._restore_guard_counts(content["counts"])
+        if content.get("aux_loss"):
+            self._metrics["train"]["aux_loss"] = content["aux_loss"]
         saved, world = content["processes"], self.accelerator.num_processes
         rank = self.accelerator.process_index
         same = len(saved) == world

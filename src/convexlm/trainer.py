@@ -275,6 +275,7 @@ class ConvexTrainer(
     def _begin_training(self) -> None:
         """Forget the statistics of an earlier run, or of one that ran out of memory and begins again."""
         self._statistics["train"] = self._seen = None
+        self._metrics["train"].clear()
         self._reset_guard()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -293,9 +294,13 @@ class ConvexTrainer(
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop; loss and statistics are those of the whole evaluation set, not means over batches."""
         self._statistics["eval"] = None
+        self._metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
         output.metrics.update({f"{prefix}_{key}": value for key, value in self._take_statistics("eval").items()})
+        # TRL would put it into the next log, whatever that is of, and under the name of no data set.
+        if losses := self._metrics["eval"].pop("aux_loss", None):
+            output.metrics[f"{prefix}_aux_loss"] = sum(losses) / len(losses)
         return output
 
 
