@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from convexlm import cli
+from convexlm.checkpoints import all_checkpoints
 from convexlm.errors import UserError
 from convexlm.export import export_checkpoint
 
@@ -95,6 +96,17 @@ def test_a_checkpoint_that_is_being_saved_is_refused(plain: Path, tmp_path: Path
     (plain / ".saving").touch()
     with pytest.raises(UserError, match="not written to the end"):
         export_checkpoint(plain, tmp_path / "out")
+
+
+def test_a_damaged_inventory_and_an_odd_name_are_no_checkpoint(plain: Path, tmp_path: Path) -> None:
+    (plain / "convexlm.json").write_text("{}")
+    (plain / "convexlm-files.json").write_text('{"files": [1]}')
+    with pytest.raises(UserError, match=r"convexlm-files\.json is damaged"):
+        export_checkpoint(plain, tmp_path / "out")
+    (tmp_path / "checkpoint-²").mkdir()
+    assert all_checkpoints(tmp_path) == [plain]
+    with pytest.raises(UserError, match="null byte"):
+        export_checkpoint(plain, f"{tmp_path}/a\0b")
 
 
 def test_auto_is_the_dtype_of_the_weights_whatever_the_config_says(plain: Path, tmp_path: Path) -> None:

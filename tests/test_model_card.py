@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,9 +14,6 @@ from convexlm.card_objective import objective_lines, objective_of
 from convexlm.errors import UserError
 from convexlm.model_card import write_card
 from convexlm.objectives import get_objective
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def said(training: dict[str, Any] | None = None, **objective: Any) -> str:
@@ -186,3 +185,57 @@ def test_scores_are_written_as_the_report_writes_them(tmp_path: Path) -> None:
     text = written(tmp_path, checkpoint)
     assert "| most probable | 87.7 % |" in text and "| COMET | 0.8412 |" in text and "| chrF++ | 51.24 |" in text
     assert ".nan" not in text and "BLEU" not in text and "TER" not in text
+
+
+def test_a_checkpoint_is_the_same_by_whatever_path_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = trained_alone(tmp_path / "run" / "train" / "mle" / "checkpoint-4")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({"name": "run", "seeds": [1], "arms": ARMS}))
+    row = {"arm": "mle", "checkpoint": "checkpoint-4", "test_set": "tiny", "pair": "en-de", "search": "greedy"}
+    line = json.dumps({**row, "seed": 1, "metric": "bleu", "score": 31.25})
+    (tmp_path / "run" / "scores.jsonl").write_text(line + "\n")
+    (tmp_path / "latest").symlink_to(checkpoint)
+    # Weights that were moved to another disk, with a link in their old place.
+    (tmp_path / "disk").mkdir()
+    monkeypatch.chdir(checkpoint)
+    for number, path in enumerate((checkpoint, tmp_path / "latest", Path("."))):
+        (tmp_path / str(number)).mkdir()
+        text = written(tmp_path / str(number), path)
+        assert "at step 4:" in text and "| 31.25 |" in text
+    monkeypatch.chdir(tmp_path)
+    checkpoint.rename(tmp_path / "disk" / "x")
+    checkpoint.symlink_to(tmp_path / "disk" / "x")
+    assert "| 31.25 |" in written(tmp_path, checkpoint)
+
+
+def test_foreign_text_is_no_markup_in_a_card(tmp_path: Path) -> None:
+    checkpoint = trained_alone(tmp_path / "run" / "train" / "mle" / "checkpoint-4")
+    data = {"dataset": "x/`</code><b>y"}
+    recipe = {"name": "run", "seeds": [1], "arms": ARMS, "data": data, "train": {"optim": "<i>a|b"}}
+    recipe["arms"] = {"mle": {"objective": "mle"}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    row = {
+        "arm": "mle",
+        "seed": 1,
+        "checkpoint": "checkpoint-4",
+        "pair": "en-de",
+        "search": "greedy",
+        "metric": "bleu",
+    }
+    row |= {"test_set": "<script>alert(1)</script>", "score": 1.0, "signature": "a`<b>\u202e|c"}
+    (tmp_path / "run" / "scores.jsonl").write_text(json.dumps(row) + "\n")
+    _, head, body = written(tmp_path, checkpoint).split("---\n", 2)
+    outside = re.sub("`[^`]*`", "", body)
+    assert "<" not in outside and "`" not in outside and "\u202e" not in body
+    assert "| &lt;script>alert(1)&lt;/script> |" in body and r"| &lt;i>a\|b |" in body
+    assert yaml.safe_load(head)["model-index"][0]["results"][0]["dataset"]["type"] == "<script>alert(1)</script>"
+
+
+def test_the_k_of_an_earlier_training_is_told_however_it_was_given(tmp_path: Path) -> None:
+    arms = {
+        "first": {"objective": "convex", "objective_kwargs": {"k": 3.0}},
+        "then": {"objective": "power", "objective_kwargs": '{"k": 0.5}', "init_from": "first"},
+    }
+    text = card(tmp_path, "then", arms=arms)
+    assert "- `first`, with the `convex` objective: k = 3.0" in text and "Settings: k = 0.5." in text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convexlm.redaction import clean
+from convexlm.card_text import code, plain
+from convexlm.recipe_types import as_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,10 +15,12 @@ SETTINGS = ("k", "level", "length_weighting", "mle_mix")
 
 
 def objective_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective that options ask for, with its `name`; empty where they name none."""
+    """The objective that options ask for, with its `name` and `objective_kwargs`; empty where they name none."""
     if not settings.get("objective"):
         return {}
     kept = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
+    own = as_mapping(settings.get("objective_kwargs"))
+    kept |= own if isinstance(own, dict) else {}
     alias = {"level": "token", "k": 1.0} if settings["objective"] == "dft" else {}
     return {"name": str(settings["objective"]), **alias, **kept}
 
@@ -34,7 +37,7 @@ def objective_lines(objective: Mapping[str, Any], training: Mapping[str, Any]) -
     name = str(objective.get("name"))
     by_token = objective.get("level") == "token"
     formula = _formula(name, _number(objective.get("mle_mix")))
-    what = f"`{clean(name)}`"
+    what = code(name)
     if formula:
         of = "each target token's log-probability" if by_token else "the mean log-probability of an answer's tokens"
         what += f": `{formula}`, where m is {of}"
@@ -56,7 +59,7 @@ def objective_lines(objective: Mapping[str, Any], training: Mapping[str, Any]) -
         )
     if noise := _number(training.get("neftune_noise_alpha")):
         said.append(f"In training, noise was added to the input embeddings (NEFTune, alpha = {noise:g}).")
-    settings = ", ".join(f"{clean(key)} = {clean(value)}" for key, value in sorted(objective.items()) if key != "name")
+    settings = ", ".join(f"{plain(key)} = {plain(value)}" for key, value in sorted(objective.items()) if key != "name")
     if settings:
         said.append(f"Settings: {settings}.")
     return ["## Objective", "", " ".join(said), ""]

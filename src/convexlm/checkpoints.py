@@ -31,7 +31,7 @@ _NEEDED_NAMES = ("trainer_state.json", PROGRESS_FILE)
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; -1 if it has none."""
     number = checkpoint.name.rsplit("-", 1)[-1]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def all_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -49,7 +49,10 @@ def why_incomplete(checkpoint: Path) -> str | None:
     """What a checkpoint lacks, in words; None if it is whole."""
     if not (checkpoint / COMPLETE_FILE).is_file():
         return "not written to the end (the run was stopped while saving)"
-    for name, size in read_inventory(checkpoint).get("files", {}).items():
+    files = read_inventory(checkpoint).get("files", {})
+    if not isinstance(files, dict):
+        return f"{INVENTORY_FILE} is damaged"
+    for name, size in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

@@ -150,7 +150,7 @@ def _real_path(output_dir: str | Path) -> Path:
     """Where the folder really is: what `.` and symbolic links stand for."""
     try:
         return Path(output_dir).resolve()
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
+    except (OSError, RuntimeError, ValueError) as error:  # a link that leads to itself, a NUL
         raise UserError(f"--output_dir {output_dir}: cannot be written ({first_line(error)})") from None
 
 

@@ -7,18 +7,20 @@ and whatever looks like a token or key is left out, so nothing else of a run fol
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.card_objective import objective_lines, objective_of
-from convexlm.checkpoints import read_marker
+from convexlm.card_text import cell, code, plain
+from convexlm.checkpoints import read_marker, step_of
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
 from convexlm.quantized import bits_trained_on
 from convexlm.redaction import clean
-from convexlm.report.text import is_number, metric_title, score_text
+from convexlm.report.text import is_number, metric_title, score_text, visible
 from convexlm.runs import VERSIONED, versions
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ def write_card(
     """
     from huggingface_hub import ModelCardData
 
+    checkpoint = _place(checkpoint)
     run = find_run(checkpoint, run_dir)
     recipe = load_yaml(run / "recipe.yaml") if run else {}
     arm = _arm_of(checkpoint, recipe)
@@ -88,7 +91,7 @@ def write_card(
     settings = {**_mapping(recipe, "model"), **_mapping(recipe, "train"), **_arm(arm, recipe)} if run else trained
     before = _arms_before(arm, recipe)
     marker = read_marker(folder)
-    objective = marker.get("objective") or objective_of(settings)
+    objective = _mapping(marker, "objective") or objective_of(settings)
     base = public_name(base_model or settings.get("model_name_or_path") or _named_base(checkpoint))
     dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
     scores = _scores(run, checkpoint, arm) if run else []
@@ -101,19 +104,19 @@ def write_card(
         "tags": ["convexlm", "sft", "trl", *([str(objective["name"])] if "name" in objective else [])],
         "metrics": sorted({str(row["metric"]).split("-")[0] for row in scores}) or None,
         "language": sorted({code for row in scores for code in str(row["pair"]).split("-")}) or None,
-        "model_name": clean(name),
+        "model_name": visible(clean(name)),
     }
     data = ModelCardData(
         **{key: value for key, value in kept.items() if value is not None}, eval_results=_results(scores) or None
     )
     body = "\n".join(
         [
-            f"# {clean(name)}",
+            f"# {plain(name)}",
             "",
             _opening(kind, base, objective, parameters, dtype, checkpoint, recipe, before),
             "",
             *objective_lines(objective, {**trained, **settings}),
-            *_prompt_section(marker.get("prompt") or {}),
+            *_prompt_section(_mapping(marker, "prompt")),
             *_data_section(dataset, recipe),
             *_settings_section(settings, recipe, checkpoint),
             *_before_section(before, recipe),
@@ -123,7 +126,7 @@ def write_card(
             ", ".join(f"{key} {value}" for key, value in _versions(recipe).items()),
         ]
     )
-    write_atomic(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    write_atomic(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n{visible(body)}\n")
     return {"scores": len(scores)}
 
 
@@ -142,7 +145,7 @@ def public_name(value: Any) -> str | None:
 
 
 def find_run(checkpoint: Path, run_dir: str | Path | None) -> Path | None:
-    """The run folder of a checkpoint `RUN_DIR/train/RUN/checkpoint-STEP`, or the one that is named.
+    """The run folder of a checkpoint `RUN_DIR/train/RUN/checkpoint-STEP` (absolute), or the one that is named.
 
     Raises:
         UserError: a folder is named that is no run folder.
@@ -151,13 +154,23 @@ def find_run(checkpoint: Path, run_dir: str | Path | None) -> Path | None:
         if not (Path(run_dir) / "recipe.yaml").is_file():
             raise UserError(f"--run_dir {run_dir}: no run folder (recipe.yaml is missing)")
         return Path(run_dir)
-    parents = checkpoint.resolve().parents
+    parents = checkpoint.parents
     found = len(parents) > 2 and parents[1].name == "train" and (parents[2] / "recipe.yaml").is_file()
     return parents[2] if found else None
 
 
+def _place(checkpoint: Path) -> Path:
+    """Where a checkpoint lies, absolute: its name and its folders' say what it is.
+
+    A link into a run folder stands for what it leads to, a link that lies in one for itself; `.` for where it is.
+    """
+    here, real = Path(os.path.abspath(checkpoint)), checkpoint.resolve()
+    called = find_run(here, None) or (here.name.startswith("checkpoint-") and not find_run(real, None))
+    return here if called else real
+
+
 def _arm_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str:
-    run = checkpoint.resolve().parent.name
+    run = checkpoint.parent.name
     arms = _mapping(recipe, "arms")
     return run if run in arms else re.sub(r"\.seed\d+$", "", run)
 
@@ -168,7 +181,7 @@ def _refuse_another_run(checkpoint: Path, arm: str, recipe: Mapping[str, Any], r
     Raises:
         UserError: it has no such run, or several.
     """
-    arms, run = list(_mapping(recipe, "arms")), checkpoint.resolve().parent.name
+    arms, run = list(_mapping(recipe, "arms")), checkpoint.parent.name
     given = recipe.get("seeds")
     seeds = [str(seed) for seed in given] if isinstance(given, list) and len(given) > 1 else []
     if (arms and arm not in arms) or (seeds and _seed_of(checkpoint, recipe) not in seeds):
@@ -199,12 +212,12 @@ def _arms_before(arm: str, recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _objective_name(arm: str, recipe: Mapping[str, Any]) -> str:
-    return clean(objective_of({"objective": "convex", **_mapping(recipe, "train"), **_arm(arm, recipe)})["name"])
+    return objective_of({"objective": "convex", **_mapping(recipe, "train"), **_arm(arm, recipe)})["name"]
 
 
 def _seed_of(checkpoint: Path, recipe: Mapping[str, Any]) -> str | None:
     """The seed that a checkpoint of a run was trained with; None where nothing says it."""
-    if found := re.search(r"\.seed(\d+)$", checkpoint.resolve().parent.name):
+    if found := re.search(r"\.seed(\d+)$", checkpoint.parent.name):
         return found[1]
     seeds = recipe.get("seeds")
     first = seeds[0] if isinstance(seeds, list) and len(seeds) == 1 else recipe.get("plain_seed")
@@ -272,14 +285,14 @@ def _scores_section(scores: list[dict[str, Any]]) -> list[str]:
         cells = [row["test_set"], row["pair"], row["search"], metric_title(str(row["metric"]))]
         shown = [_cell(cell) for cell in cells] + [
             score_text(row["score"], str(row["metric"])),
-            f"`{_cell(row.get('signature', ''))}`",
+            cell(code(row.get("signature", ""))),
         ]
         lines.append("| " + " | ".join(shown) + " |")
     return [*lines, ""]
 
 
 def _cell(text: Any) -> str:
-    return clean(text).replace("|", "\\|")
+    return cell(plain(text))
 
 
 # -- words
@@ -298,16 +311,16 @@ def _opening(
     model = _mapping(recipe, "model")
     new = bool(model.get("config") or model.get("config_name"))
     what = {"adapter": "An adapter (LoRA)", "merged": "A causal language model, its adapter merged into it,"}
-    start = f" fine-tuned of `{base}`" if base else " trained from random weights" if new else " fine-tuned"
+    start = f" fine-tuned of {code(base)}" if base else " trained from random weights" if new else " fine-tuned"
     name = objective.get("name")
-    first = [f"with the `{_objective_name(earlier, recipe)}` objective" for earlier in before]
+    first = [f"with the {code(_objective_name(earlier, recipe))} objective" for earlier in before]
     if first:
         first[0] = "first " + first[0]
-    last = f"with the `{clean(name)}` objective" if name else ""
+    last = f"with the {code(name)} objective" if name else ""
     how = start + (" " if last or first else "") + ", then ".join(filter(None, [*first, last]))
-    step = checkpoint.name.rsplit("-", 1)[-1]
+    step = step_of(checkpoint)
     of_last = " of the last training" if before else ""
-    at = f", at step {int(step):,}{of_last}" if checkpoint.name.startswith("checkpoint-") and step.isdigit() else ""
+    at = f", at step {step:,}{of_last}" if checkpoint.name.startswith("checkpoint-") and step >= 0 else ""
     opening = (
         f"{what.get(kind, 'A causal language model')}{how} by convexlm{at}: {parameters:,} parameters in {dtype}."
     )
@@ -323,7 +336,7 @@ def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:
     return [
         "## Prompts",
         "",
-        f"Trained on the prompt template `{clean(prompt.get('template'))}`, {bos} a BOS token before it; `convexlm "
+        f"Trained on the prompt template {code(prompt.get('template'))}, {bos} a BOS token before it; `convexlm "
         "decode` reads this from `convexlm.json`.",
         "",
     ]
@@ -334,7 +347,7 @@ def _data_section(dataset: str | None, recipe: Mapping[str, Any]) -> list[str]:
         return []
     data = _mapping(recipe, "data")
     limit = f", its first {int(data['max_records']):,} records" if isinstance(data.get("max_records"), int) else ""
-    return ["## Data", "", f"`{dataset}`{limit}.", ""]
+    return ["## Data", "", f"{code(dataset)}{limit}.", ""]
 
 
 def _settings_section(settings: Mapping[str, Any], recipe: Mapping[str, Any], checkpoint: Path) -> list[str]:
@@ -347,7 +360,7 @@ def _settings_section(settings: Mapping[str, Any], recipe: Mapping[str, Any], ch
             content = json.loads(state.read_text(encoding="utf-8"))
             shown["epochs trained"] = round(float(content["epoch"]), 3)
             shown["steps trained"] = int(content["global_step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             pass
     if not shown:
         return []
@@ -364,8 +377,8 @@ def _before_section(before: list[str], recipe: Mapping[str, Any]) -> list[str]:
         dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
         shown = {**{key: value for key, value in objective.items() if key != "name"}, "dataset": dataset}
         shown.update({key: settings[key] for key in SETTINGS if settings.get(key) is not None})
-        told = ", ".join(f"{key} = {clean(value)}" for key, value in shown.items() if value is not None)
-        lines.append(f"- `{clean(arm)}`, with the `{clean(objective['name'])}` objective: {told}.")
+        told = ", ".join(f"{key} = {plain(value)}" for key, value in shown.items() if value is not None)
+        lines.append(f"- {code(arm)}, with the {code(objective['name'])} objective: {told}.")
     return ["## Trained before", "", *lines, ""] if lines else []
 
 
