@@ -96,6 +96,17 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, change, pair, message)
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSON", "x.txt"])
+@pytest.mark.parametrize("key", ["source", "reference"])
+def test_records_are_not_taken_for_sentences(folder, name, key):
+    """Every line would be a prompt, or a reference, of braces and quotes."""
+    (folder / name).write_text(f'{{"id": 1, "{key}": "a"}}\n' * 4)
+    with pytest.raises(UserError, match=f"is JSON, and would be read as plain text.* one {key} a line"):
+        load_test_set({**NEWSTEST, f"{key}s": name}, "en-de", folder)
+    (folder / "en-de/src.en").write_text('{"code": 1}\n' * 4)
+    assert load_test_set(NEWSTEST, "en-de", folder).sources[0] == '{"code": 1}', "a sentence that is JSON itself"
+
+
 def test_an_empty_file_and_an_entry_without_sources_are_refused(folder):
     (folder / "en-de/src.en").write_text("")
     with pytest.raises(UserError, match="empty"):

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text('{"document": "a", "summary": "x"}\n{"docu\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "latin.csv").write_bytes("article,highlights\n\xe9,b\n".encode("latin-1"))
+    (tmp_path / "twice.csv").write_text("article,highlights,article\na,b,c\n")
+    (tmp_path / "packed.csv").write_bytes(lzma.compress(b"article,highlights\na,b\n"))
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 broken")
     (tmp_path / "table.txt").write_text("x")
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
@@ -87,7 +90,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         ("null.jsonl", "row 1: `document` is no text"),
         ("bad.jsonl", "line 2: not valid JSON"),
         ("list.jsonl", "line 1: expected a JSON object"),
-        ("latin.csv", "not UTF-8"),
+        ("latin.csv", "line 2: not UTF-8"),
+        ("twice.csv", "two columns are called `article`"),
+        ("packed.csv", "is compressed with xz"),
         ("broken.zip", "cannot be read"),
         ("two.zip", "found 2"),
         ("table.txt", "expected a .csv"),

@@ -94,6 +94,12 @@ def test_the_limit_and_what_was_written(
     assert (meta["test_set"], meta["pair"], meta["num_sentences"]) == ("test.en", "en-de", 2)
 
 
+def test_records_are_not_taken_for_sources(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "s.jsonl").write_text('{"source": "one"}\n')
+    argv = words(checkpoint, tmp_path / "s.jsonl", tmp_path / "out.jsonl", "--pair", "en-de")
+    assert "s.jsonl: is JSON, and would be read as plain text" in refused(capsys, argv)
+
+
 def test_the_template_is_the_checkpoints_unless_given(
     checkpoint: Path, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

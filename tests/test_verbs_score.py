@@ -100,6 +100,7 @@ def test_score_prints_a_table(files, capsys):
         ),
         ([*SCORE, "good", "--confidence", "--seed", "-1"], "seed"),
         (["score", "--hypotheses", "good", "--target_lang", "de"], "--references"),
+        ([*SCORE, "good", "--export_comet", "o.jsonl", "--sources", "good.jsonl"], "good.jsonl: is JSON"),
         ([*COMPARE, "a=good"], "at least two"),
         ([*COMPARE, "a=good", "bad"], "expected NAME=FILE, found 'bad'"),
         ([*COMPARE, "a=good", "=bad"], "expected NAME=FILE"),

@@ -162,7 +162,7 @@ _PACKED = {
 }
 
 
-def _not_utf8(path: str | Path, begin: bytes, line: int, bad: int) -> UserError:
+def not_utf8(path: str | Path, begin: bytes, line: int, bad: int) -> UserError:
     """What to say of bytes that are no UTF-8, by how the file begins."""
     for mark, what in _PACKED.items():
         if begin.startswith(mark):
@@ -177,7 +177,7 @@ def _decode(path: str | Path, raw: bytes, *, torn_end_ok: bool = False) -> str:
         if torn_end_ok and error.reason == "unexpected end of data":  # cut in the middle of a character
             return raw[: error.start].decode("utf-8-sig")
         line = raw.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(path, raw[:8], line, raw[error.start]) from None
+        raise not_utf8(path, raw[:8], line, raw[error.start]) from None
 
 
 def iter_lines(path: str | Path) -> Iterator[str]:
@@ -201,7 +201,7 @@ def iter_lines(path: str | Path) -> Iterator[str]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a file") from None
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, begin, number, error.object[error.start]) from None
+        raise not_utf8(path, begin, number, error.object[error.start]) from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

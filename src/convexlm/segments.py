@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _JSON_LINES = (".jsonl", ".jsonl.gz")
+_JSON = (*_JSON_LINES, ".json", ".json.gz")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ def read_segments(path: str | Path, key: str) -> Segments:
     if not texts:
         raise UserError(f"{path}: the file is empty")
     return Segments(str(path), texts, _all_of(records, "id"), _all_of(records, "source"))
+
+
+def read_plain(path: str | Path, key: str) -> list[str]:
+    """The lines of a text file where records would be taken for text.
+
+    Args:
+        path: plain text, one segment a line.
+        key: what a record would have its text under, such as `source`.
+
+    Raises:
+        UserError: no such file, empty, not UTF-8, or JSON by its name or by its lines.
+    """
+    lines = read_lines(path)
+    if Path(path).name.lower().endswith(_JSON) or _are_records(lines, key):
+        raise UserError(f"{path}: is JSON, and would be read as plain text; give a text file with one {key} a line")
+    return lines
 
 
 def check_aligned(streams: Sequence[Segments], names: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import read_lines
+from convexlm.segments import read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -167,12 +168,12 @@ def load_files(spec: Mapping[str, Any], pair: str, base_dir: Path) -> TestSet:
     source_path = _fill(spec.get("sources"), pair, base_dir, name, "sources")
     if not source_path.exists():
         raise UserError(f"test set `{name}` has no pair `{pair}`: {source_path}: no such file")
-    sources = read_lines(source_path)
+    sources = read_plain(source_path, "source")
     patterns = spec.get("references") or []
     streams = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         path = _fill(pattern, pair, base_dir, name, "references")
-        stream = read_lines(path)
+        stream = read_plain(path, "reference")
         if len(stream) != len(sources):
             raise UserError(
                 f"test set `{name}`, {pair}: {source_path} has {len(sources)} lines but {path} has {len(stream)}"

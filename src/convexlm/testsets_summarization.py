@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
-from convexlm.files import file_sha256
+from convexlm.files import file_sha256, not_utf8
 from convexlm.testsets import TestSet, register_test_set_kind
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _read_table(path: Path) -> list[Row]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise not_utf8(path, error.object[:8], line, error.object[error.start]) from None
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if name.endswith(".csv"):
@@ -115,6 +116,8 @@ def _read_csv(path: Path, text: str) -> list[Row]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise UserError(f"{path}: two columns are called `{twice[0]}`; give one of them another name")
         rows = []
         for number, fields in enumerate(reader, start=1):
             if not fields:

@@ -210,7 +210,7 @@ def _note(text: str) -> None:
 
 
 def _sources(args: argparse.Namespace) -> Any:
-    from convexlm.files import read_lines
+    from convexlm.segments import read_plain
     from convexlm.templates import split_pair
     from convexlm.testsets import TestSet, load_test_set
 
@@ -219,7 +219,7 @@ def _sources(args: argparse.Namespace) -> Any:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     if args.sources is not None:
-        sources = read_lines(args.sources)[: args.limit]
+        sources = read_plain(args.sources, "source")[: args.limit]
         name = args.test_set or Path(args.sources).name.removesuffix(".gz").removesuffix(".txt")
         return TestSet(name, args.pair, sources, [], [str(number) for number in range(len(sources))])
     if args.documents is not None:

@@ -89,10 +89,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_sources(args: argparse.Namespace) -> list[str]:
     from convexlm.errors import UserError
-    from convexlm.files import read_jsonl, read_lines
+    from convexlm.files import read_jsonl
+    from convexlm.segments import read_plain
 
     if args.sources:
-        return read_lines(args.sources)
+        return read_plain(args.sources, "source")
     if not args.hypotheses.lower().endswith((".jsonl", ".jsonl.gz")):
         raise UserError("--export_comet needs --sources FILE where the hypotheses are plain text")
     sources = [row.get("source") for row in read_jsonl(args.hypotheses)]
