@@ -158,6 +158,19 @@ def test_parquet_and_folder(tmp_path):
         load_records(tmp_path / "dict", split="test")
 
 
+@pytest.mark.parametrize(("name", "sep"), [("train.csv", ","), ("train.tsv", "\t"), ("train.csv.gz", ",")])
+def test_words_of_a_table_that_pandas_takes_for_nothing_are_text(tmp_path, monkeypatch, name, sep):
+    """`datasets` leaves them to pandas, by which an input of "None" is no input, and the prompt another one."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [("instruction", "input", "output", "weight"), ("Say.", "None", "NA", "2"), ("Say.", "", "null", "")]
+    text = "".join(sep.join(row) + "\n" for row in rows).encode()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    (tmp_path / "data" / "README.md").write_text("A table.\n")
+    found = load_records(tmp_path / "data", template="prompt_no_alpaca")
+    assert [(r.prompt, r.completion, r.weight) for r in found] == [("Say.\nNone\n", "NA", 2), ("Say.\n\n", "null", 1)]
+
+
 def test_what_a_prompt_says_already_is_no_loss(tmp_path):
     said = {"prompt": "Be brief.\n\nQ", "completion": "A", "system": "Be brief.\n"}
     empty = {"prompt": "Q", "completion": "A", "system": None, "history": [], "image": ""}

@@ -95,10 +95,21 @@ def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = Fa
                     raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
                 found = found[split]
             return found
-        return datasets.load_dataset(name, split=split, **({"streaming": True} if streaming else {}))
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
+        if is_folder and _is_of_tables(Path(name)):
+            # Else the words None, NA, null, nan and others of a text would be no text.
+            options |= {"keep_default_na": False, "na_values": {"weight": [""]}}
+        return datasets.load_dataset(name, split=split, **options)
     except UserError:
         raise
     except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         what = "cannot be loaded as a dataset" if is_folder else "no such file, and not loadable from the hub"
         raise UserError(f"{name}: {what} ({reason})") from None
+
+
+def _is_of_tables(folder: Path) -> bool:
+    """Whether `datasets` reads a folder as CSV: there are such files, and no data of another kind."""
+    names = (file.name.lower().removesuffix(".gz") for file in folder.rglob("*") if file.is_file())
+    kinds = {Path(name).suffix for name in names} & {*_DATA_SUFFIXES, ".arrow"}
+    return bool(kinds) and kinds <= {".csv", ".tsv"}
