@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +24,6 @@ from convexlm.export import export_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -145,6 +148,27 @@ def test_shards_keep_the_settings_of_generation(plain: Path, tmp_path: Path) -> 
     assert (kept["eos_token_id"], kept["max_length"]) == ([2, 7], 77)
 
 
+def test_shards_larger_than_any_memory_are_one_line(plain: Path, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    (plain / "model.safetensors").unlink()
+    folder = plain / "pytorch_model_fsdp_0"
+    dcp.save({"model": {"model.x": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(metadata.state_dict_metadata.values())).size = torch.Size([10**9, 10**9])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="the sharded checkpoint cannot be read"):
+        export_checkpoint(plain, tmp_path / "out")
+
+
+@pytest.mark.parametrize("latest", [b"..", b".", b"../x", b"\xff\xfe"])
+def test_where_the_states_of_deepspeed_lie_is_in_the_checkpoint(tmp_path: Path, latest: bytes) -> None:
+    (tmp_path / "checkpoint-3" / "global_step3").mkdir(parents=True)
+    (tmp_path / "checkpoint-3" / "latest").write_bytes(latest)
+    with pytest.raises(UserError, match="names no folder of DeepSpeed's states there"):
+        export_checkpoint(tmp_path / "checkpoint-3", tmp_path / "out")
+
+
 def test_settings_of_generation_that_cannot_be_read_are_not_replaced(plain: Path, tmp_path: Path) -> None:
     (plain / "generation_config.json").write_text('{"eos_token')
     with pytest.raises(UserError, match="its generation config cannot be read"):
@@ -189,6 +213,35 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=r"--output_dir .*: cannot be written \(.*No space left"):
         export_checkpoint(plain, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_interruption_leaves_a_folder_that_was_there_as_it_was(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    rename, calls = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(plain, tmp_path / "here")
+    monkeypatch.undo()
+    assert not list((tmp_path / "here").iterdir())
+    export_checkpoint(plain, tmp_path / "here")
+
+
+def test_all_files_have_the_usual_permissions(plain: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export_checkpoint(plain, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_a_model_and_an_adapter_in_one_folder_are_not_chosen_between(plain: Path, tmp_path: Path) -> None:

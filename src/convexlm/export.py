@@ -8,6 +8,7 @@ arguments) stays behind. Pickles are not loaded unseen: see `sharded` for FSDP2,
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def export_checkpoint(
             license_name=license_name,
             name=target.name,
         )
+        _let_others_read(staging)
         sync_tree(staging)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
@@ -158,9 +160,25 @@ def _put_in_place(staging: Path, target: Path) -> None:
     if staging.parent != target:
         staging.rename(target)
         return
-    for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):  # by which it loads
-        path.rename(target / path.name)
+    placed: list[Path] = []
+    try:
+        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):  # by which it loads
+            placed.append(target / path.name)
+            path.rename(placed[-1])
+    except BaseException:  # a Ctrl-C among them
+        for path in placed:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
     staging.rmdir()
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give all files the usual permissions: safetensors makes its own for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _check(source: Path, target: Path, output_dir: str | Path, dtype: str) -> None:

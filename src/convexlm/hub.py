@@ -26,7 +26,7 @@ def refuse_shared_repository(trainings: Iterable[tuple[str, Mapping[str, Any]]])
         repository = options.get("hub_model_id")
         if not options.get("push_to_hub") or not repository:
             continue
-        other = owners.setdefault(str(repository), name)
+        other = owners.setdefault(str(repository).lower(), name)  # the hub tells no two names apart by case
         if other != name:
             raise UserError(
                 f"`hub_model_id: {repository}`: `{other}` and `{name}` would be pushed to the same repository; leave "

@@ -104,8 +104,9 @@ def load_sharded(folder: Path) -> dict[str, Tensor]:
             return read_metadata(file, where / METADATA)
 
     entries = metadata_of(folder).state_dict_metadata
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     try:
+        # A damaged size may be more than any memory holds.
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         dcp.load(state, storage_reader=Reader(str(folder)), no_dist=True)
     except UserError:
         raise

@@ -72,8 +72,8 @@ def zero_folder(checkpoint: Path) -> Path | None:
     """
     if not (checkpoint / "latest").is_file():
         return next(iter(sorted(checkpoint.glob("global_step*"))), None)
-    name = (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"[\w.-]+", name) or not (checkpoint / name).is_dir():
+    name = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"\w[\w.-]*", name) or not (checkpoint / name).is_dir():
         raise UserError(f"{checkpoint / 'latest'}: names no folder of DeepSpeed's states there ({name!r})")
     return checkpoint / name
 
