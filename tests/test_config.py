@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from convexlm import ConvexConfig, get_objective
+from convexlm import ConvexConfig, Objective, get_objective, objectives, register_objective
 
 
 def config(**settings):
@@ -61,6 +62,31 @@ def test_a_small_nll_is_the_better_one(metric, greater):
 def test_what_no_objective_could_honour_is_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
         config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "weight", "reason"),
+    [
+        (lambda m: m, lambda m: -torch.ones_like(m), "weight\\(m\\) is negative or no number at m = -20"),
+        (lambda m: 2 - m, torch.ones_like, "value\\(0\\) must be 0, not 2"),
+        (lambda m: -m, lambda m: 2 * torch.ones_like(m), "weight\\(m\\) is not minus the slope"),
+    ],
+)
+def test_an_objective_of_ones_own_falls_to_0(monkeypatch, value, weight, reason):
+    own = type("Own", (Objective,), {"value": lambda _, m: value(m), "weight": lambda _, m: weight(m)})
+    monkeypatch.setattr(objectives, "_registry", dict(objectives._registry))
+    register_objective("own-shape")(own)
+    with pytest.raises(ValueError, match=f"objective `own-shape`: {reason}"):
+        config(objective="own-shape")
+
+
+def test_a_warmup_that_would_change_nothing_is_refused(monkeypatch):
+    own = type("Own", (Objective,), {"value": lambda _, m: -m, "weight": lambda _, m: torch.ones_like(m)})
+    monkeypatch.setattr(objectives, "_registry", dict(objectives._registry))
+    register_objective("own-still")(own)
+    config(objective="own-still"), config(objective="mle", k_warmup=0.5), config(objective="dft", k_warmup=0.5)
+    with pytest.raises(ValueError, match="`k_warmup` would change nothing, for objective `own-still` has no `at_warm"):
+        config(objective="own-still", k_warmup=0.5)
 
 
 def test_precision_follows_the_device_unless_it_is_asked_for():

@@ -60,6 +60,20 @@ def test_packed_rows_in_padded_batches_are_refused(tmp_path):
     make(tmp_path, packed, given={"data_collator": ConvexCollator(0, padding_free=True)})
 
 
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}, {"padding_free": True}], ids=str)
+def test_labels_that_do_not_go_with_the_tokens_are_refused(tmp_path, layout):
+    """As where `labels` is the answer alone; in a padded batch of as many of both nothing would fail."""
+    data = [{**row, "labels": [label for label in row["labels"] if label != -100]} for row in rows(2)]
+    data.append({"input_ids": [1, 5], "labels": [4] * max(len(row["input_ids"]) for row in data)})
+    with pytest.raises(ValueError, match=r"a record has \d+ `labels` for \d+ `input_ids`; they are one a token"):
+        make(tmp_path, data, **layout).train()
+    with pytest.raises(ValueError, match="a record has 1 `labels` for 2 `input_ids`"):
+        ConvexCollator(0)([{"input_ids": [5, 6], "labels": [6]}])
+
+
 # -- predict ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -129,3 +130,15 @@ def test_padding_free_cuts_at_max_length(tmp_path):
     wanted = trained(tmp_path, data, max_length=12)
     trainer.train()
     assert_same_weights(trainer, wanted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_model_is_not_trained_in_vain(tmp_path, checkpointing):
+    """With checkpointing its inputs ask for gradients, and nothing would fail."""
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    frozen = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    trainer = make(tmp_path, rows(4), eval_data=rows(4), model=frozen, gradient_checkpointing=checkpointing)
+    trainer.evaluate()
+    with pytest.raises(ValueError, match="no parameter to train, .*`is_trainable=True`"):
+        trainer.train()

@@ -49,7 +49,13 @@ class ConvexCollator(DataCollatorForLanguageModeling):
         self.return_position_ids = self.return_position_ids or self.packed_rows
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths`, `weight` and `record_id`)."""
+        """Collate `examples` (`input_ids`, `labels`, and optionally `seq_lengths`, `weight` and `record_id`).
+
+        Raises:
+            ValueError: a record's labels are more or fewer than its tokens, or its `weight` is none.
+        """
+        for example in examples:
+            check_labels(len(example["input_ids"]), len(example.get("labels", example["input_ids"])))
         batch = super().torch_call(examples)
         if self.packed_rows:
             del batch["attention_mask"]
@@ -112,6 +118,18 @@ def _token_weights(example: dict[str, Any], length: int) -> torch.Tensor:
             )
         return torch.as_tensor(weight, dtype=torch.float32)
     return torch.full((length,), weight_of(weight), dtype=torch.float32)
+
+
+def check_labels(tokens: int, labels: int) -> None:
+    """Refuse a record whose labels are not one for each of its tokens.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if tokens != labels:
+        raise ValueError(
+            f"a record has {labels} `labels` for {tokens} `input_ids`; they are one a token, the prompt's being -100"
+        )
 
 
 def weight_of(weight: Any) -> float:

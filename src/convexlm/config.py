@@ -113,9 +113,14 @@ class ConvexConfig(SFTConfig):
         if self.greater_is_better is None and metric is not None and metric.endswith(("nll", "entropy", "loss")):
             self.greater_is_better = False
         super().__post_init__()
-        check_slope(self.build_objective())  # training goes by the value, what is logged by the weight
+        objective = self.build_objective()
+        check_slope(objective)  # training goes by the value, what is logged by the weight
         if not 0.0 <= self.k_warmup <= 1.0:
             raise ValueError(f"`k_warmup` is a share of the training steps, from 0 to 1, not {self.k_warmup}")
+        if self.k_warmup and objective.name != "mle" and type(objective).at_warmup is Objective.at_warmup:
+            raise ValueError(
+                f"`k_warmup` would change nothing, for objective `{objective.name}` has no `at_warmup`; leave it out"
+            )
         if self.head not in ("fused", "recompute"):
             raise ValueError(f"`head` is `fused` or `recompute`, not `{self.head}`")
         if self.head_chunk_tokens is not None and self.head_chunk_tokens < 1:

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
-from convexlm.collator import RECORD, ConvexCollator, weight_of
+from convexlm.collator import RECORD, ConvexCollator, check_labels, weight_of
 from convexlm.record_weights import check_record_weights, columns_of
 from convexlm.refusals import refuse_lost_weights, refuse_packed_rows
 
@@ -42,6 +42,8 @@ class PreparedData:
             args.max_length = self._lifted_max_length
         check_record_weights(dataset, f"{dataset_name} dataset")
         columns = columns_of(dataset)
+        if packing and isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(columns):
+            _check_all_labels(dataset, f"{dataset_name} dataset")
         if PACKED in columns:
             # Packed already: by the user, from `evaluate(trainer.eval_dataset)`, or by TRL, which prepares each of a
             # dict twice. Its rows would be packed, or cut, as if they were records.
@@ -155,3 +157,19 @@ class PreparedData:
         if dataset is not self.train_dataset:
             self._warn_of_a_stream(dataset, description.lower())
         return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_all_labels(dataset: Dataset, name: str) -> None:
+    """As `check_labels` of every record, before records are packed, which would hide it."""
+    number = 0
+    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(10_000):
+        lengths = [
+            [length for chunk in table[column].chunks for length in chunk.value_lengths().to_pylist()]
+            for column in ("input_ids", "labels")
+        ]
+        for tokens, labels in zip(*lengths, strict=True):
+            try:
+                check_labels(tokens, labels)
+            except ValueError as error:
+                raise ValueError(f"{name}, record {number}: {error}") from None
+            number += 1

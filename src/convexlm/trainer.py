@@ -266,7 +266,16 @@ class ConvexTrainer(
         return summary
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer, whose mean loss is here over the steps that were not skipped."""
+        """As in the Trainer, whose mean loss is here over the steps that were not skipped.
+
+        Raises:
+            ValueError: the model has no parameter to train.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "the model has no parameter to train, all are frozen (`requires_grad`); an adapter from "
+                "`PeftModel.from_pretrained` is trained with `is_trainable=True`"
+            )
         resume = args[0] if args else kwargs.get("resume_from_checkpoint")
         self._resumed_from = get_last_checkpoint(self.args.output_dir) if resume is True else resume or None
         output = super().train(*args, **kwargs)
