@@ -19,6 +19,7 @@ from convexlm.tokenization import (
     tokenize_records,
 )
 from convexlm.tokenizer_files import said_of_bos
+from training_helpers import tiny_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -173,6 +174,13 @@ def test_a_tokenizer_that_drops_blanks_puts_none_before_the_answer():
     for text, answer in (("Hello", "Hello"), ("好", "好"), (" Hello", "▁Hello"), ("a", "a"), (":", ":")):
         found = encode_record(tokenizer, Record("abc:", text), PromptSettings())[1]
         assert "".join(tokenizer.convert_ids_to_tokens(found)) == answer + ">"
+
+
+def test_words_behind_an_unknown_sign_are_kept():
+    """Of a tokenizer of whole words, to which `:` and `:w1` are the same unknown one."""
+    tokenizer = tiny_tokenizer()
+    found = encode_record(tokenizer, Record("w9", "w1 w2"), PromptSettings())[1]
+    assert tokenizer.convert_ids_to_tokens(found) == ["w1", "w2", "</s>"]
 
 
 def test_special_text_is_text(plain):

@@ -201,8 +201,8 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int]
     if _decode(tokenizer, first + second) != "ab":
         for anchor in ("\n", "\x02", ":", "a"):
             head = _encode_texts(tokenizer, [anchor])[0]
-            if not head:
-                continue  # a tokenizer that takes it for a blank before the text, as XGLM's does
+            if not head or tokenizer.unk_token_id in head:
+                continue  # taken for a blank, as XGLM's tokenizer does, or unknown, as with the text behind it
             encoded = _encode_texts(tokenizer, [anchor + texts[index] for index in pending])
             fused = []
             for index, ids in zip(pending, encoded, strict=True):
