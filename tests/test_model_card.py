@@ -150,6 +150,9 @@ def test_without_a_recipe_the_checkpoint_says_how_it_was_trained(tmp_path: Path)
                 "k_warmup": 0.2,
                 "neftune_noise_alpha": None,
                 "global_batch": 128,
+                "model": {"name": "some/base@v2", "content": "x"},
+                "dataset": {"name": "d.jsonl", "content": "x"},
+                "max_records": 1500,
             },
             optimizer={"learning_rate": 2e-5, "weight_decay": 0.0},
         ),
@@ -157,6 +160,7 @@ def test_without_a_recipe_the_checkpoint_says_how_it_was_trained(tmp_path: Path)
     assert "Labels were smoothed by e = 0.1" in text and "first 20 % of the training steps" in text
     assert "| learning_rate | 2e-05 |" in text and "| global_batch_size | 128 |" in text
     assert "NEFTune" not in text and "weight_decay" not in text
+    assert "fine-tuned of `some/base` with" in text and "`d.jsonl`, its first 1,500 records." in text
 
 
 def test_a_named_run_folder_must_have_the_run_of_the_checkpoint(tmp_path: Path) -> None:

@@ -381,6 +381,11 @@ def test_wrong_input_is_refused(d, lengths, message):
         optimum(d, lengths)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_k_that_overflows_says_nothing_on_stderr():
+    assert optimum([0.4, 0.6], [1, 2], "convex", k=1e308).probabilities.tolist() == [0.0, 1.0]
+
+
 def test_wrong_objectives_are_refused():
     with pytest.raises(ValueError, match="unknown objective"):
         optimum(D, 5, "concave")

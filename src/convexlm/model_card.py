@@ -117,7 +117,7 @@ def write_card(
             "",
             *objective_lines(objective, {**trained, **settings}),
             *_prompt_section(_mapping(marker, "prompt")),
-            *_data_section(dataset, recipe),
+            *_data_section(dataset, _mapping(recipe, "data").get("max_records", settings.get("max_records"))),
             *_settings_section(settings, recipe, checkpoint),
             *_before_section(before, recipe),
             *_scores_section(scores),
@@ -193,10 +193,13 @@ def _refuse_another_run(checkpoint: Path, arm: str, recipe: Mapping[str, Any], r
 
 
 def _told_by(marker: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint's marker holds, without those that are off."""
+    """The settings that a checkpoint's marker holds, without those that are off; model and data by their names."""
     told = {**_mapping(marker, "optimizer"), **_mapping(marker, "training")}
     told["global_batch_size"] = told.get("global_batch")
-    return {key: told[key] for key in SETTINGS if told.get(key)}
+    model, _, _ = str(_mapping(told, "model").get("name") or "").partition("@")  # the revision
+    named = {"model_name_or_path": model, "dataset": _mapping(told, "dataset").get("name")}
+    named["max_records"] = told.get("max_records")
+    return {key: value for key, value in {**{key: told.get(key) for key in SETTINGS}, **named}.items() if value}
 
 
 def _arm(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,11 +345,10 @@ def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _data_section(dataset: str | None, recipe: Mapping[str, Any]) -> list[str]:
+def _data_section(dataset: str | None, most: Any) -> list[str]:
     if not dataset:
         return []
-    data = _mapping(recipe, "data")
-    limit = f", its first {int(data['max_records']):,} records" if isinstance(data.get("max_records"), int) else ""
+    limit = f", its first {most:,} records" if isinstance(most, int) else ""
     return ["## Data", "", f"{code(dataset)}{limit}.", ""]
 
 

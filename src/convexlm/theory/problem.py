@@ -136,7 +136,7 @@ def log_weight(objective: Objective, m: Floats) -> Floats:
     """
     if objective.mle_mix == 1:
         return np.zeros_like(m)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):  # k of 1e308 times m is -inf, as it should be
         if type(objective) is Mle:
             plain = np.zeros_like(m)
         elif type(objective) is Convex:
