@@ -156,6 +156,15 @@ def test_experts_that_cannot_be_counted_are_refused(tmp_path, monkeypatch):
     make(tmp_path, rows(4), model=model, router_aux_loss_coef=0.0)
 
 
+def test_a_family_of_experts_without_any_is_told_so(tmp_path):
+    """As Doge, whose experts are off by default and whose coefficient is not."""
+    dense = lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **SMALL))  # noqa: E731
+    with pytest.raises(ValueError, match=r"\(doge\) gives no router logits, .*`router_aux_loss_coef=0.0`"):
+        make(tmp_path, rows(4), model=dense())
+    run = trained(tmp_path, rows(4), model=dense(), max_steps=1, objective="mle", router_aux_loss_coef=0.0)
+    torch.testing.assert_close(logged(run, "loss"), logged(run, "nll"), rtol=1e-6, atol=0)
+
+
 def test_models_without_a_linear_head_are_refused():
     with pytest.raises(ValueError, match="no linear output layer"):
         add_fused_objective(tiny_model().model)

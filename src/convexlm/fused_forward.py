@@ -324,8 +324,13 @@ def experts_of(text_config: Any) -> tuple[int, int]:
 def _aux_loss(text_config: Any, backbone: Any, mask: Tensor | None) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+    if not (router_logits := getattr(backbone, "router_logits", None)):
+        raise ValueError(
+            f"this model ({text_config.model_type}) gives no router logits, as where its config switches experts off, "
+            "so it has no load-balancing loss; train without it, with `router_aux_loss_coef=0.0`"
+        )
     return load_balancing_loss_func(
-        backbone.router_logits,
+        router_logits,
         *experts_of(text_config),
         mask,  # None where every token counts
     )
