@@ -9,6 +9,7 @@ of another size, is passed over.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -19,6 +20,8 @@ from convexlm.files import sync, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+
+logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "convexlm.json"
 INVENTORY_FILE = "convexlm-files.json"  # no part of what a checkpoint answers, so not in the marker
@@ -38,6 +41,37 @@ def all_checkpoints(output_dir: str | Path) -> list[Path]:
     """Every folder `checkpoint-STEP`, whole or not, by step."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
+
+
+def checkpoint_to_resume(given: str | Path | bool | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, in a user's own script, which has no markers.
+
+    Args:
+        given: a folder; True: the last one in `output_dir` that was written to the end; None or False: none.
+        output_dir: of the training.
+
+    Raises:
+        ValueError: there is none, it was not written to the end, or it has no optimizer to go on with.
+    """
+    if not given:
+        return None
+    if given is True:
+        found = all_checkpoints(output_dir)
+        whole = [path for path in found if not (path / SAVING_FILE).exists()]
+        if not whole:
+            raise ValueError(f"{output_dir}: there is no checkpoint to resume from that was written to the end")
+        for path in found[found.index(whole[-1]) + 1 :]:
+            logger.warning("%s is passed over: it was not written to the end", path)
+        given = whole[-1]
+    folder = Path(given)
+    if (folder / SAVING_FILE).exists():
+        raise ValueError(f"{folder} was not written to the end (the run was stopped while saving); take one before it")
+    if folder.is_dir() and not any(any(folder.glob(states)) for states in ("optimizer*", "global_step*")):
+        raise ValueError(
+            f"{folder} has no optimizer (`save_only_model`), whose state, and the schedule's place, would be lost; "
+            "load it as the model of a new training instead"
+        )
+    return str(given)
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:

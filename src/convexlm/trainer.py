@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from convexlm.accelerate_environment import leave_the_environment
 from convexlm.adapters import regularised_in_parts
 from convexlm.causality import refuse_looking_ahead, refuse_other_models
+from convexlm.checkpoints import checkpoint_to_resume
 from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
@@ -269,16 +269,16 @@ class ConvexTrainer(
         """As in the Trainer, whose mean loss is here over the steps that were not skipped.
 
         Raises:
-            ValueError: the model has no parameter to train.
+            ValueError: the model has no parameter to train, or there is nothing whole to resume from.
         """
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "the model has no parameter to train, all are frozen (`requires_grad`); an adapter from "
                 "`PeftModel.from_pretrained` is trained with `is_trainable=True`"
             )
-        resume = args[0] if args else kwargs.get("resume_from_checkpoint")
-        self._resumed_from = get_last_checkpoint(self.args.output_dir) if resume is True else resume or None
-        output = super().train(*args, **kwargs)
+        resume = args[0] if args else kwargs.pop("resume_from_checkpoint", None)
+        self._resumed_from = checkpoint_to_resume(resume, self.args.output_dir)
+        output = super().train(self._resumed_from, *args[1:], **kwargs)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def _begin_training(self) -> None:
