@@ -12,6 +12,9 @@ what the framework takes (one constant for all).
 A process's resident set also holds what the C library keeps of freed memory. Each case therefore runs in two ways,
 turn by turn: `returning` is `--return_freed_memory true` on a CPU (`convexlm.allocator`: freed tensors go
 back to the system), and `glibc` is glibc as it comes, with its moving threshold.
+
+Cases with `processes` train together over gloo, sharded as `convexlm train --accelerate_config` shards (DeepSpeed
+where it is installed); the figures are those of the process that took most.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,9 +80,16 @@ CASES: dict[str, dict[str, Any]] = {
     "larger, lora, checkpointing": {**PLAIN, "model": "110m", "lora": "all-linear", "gradient_checkpointing": True},
     "small, lora": {**PLAIN, "model": "20m", "batch": 8, "lora": QV},
 }
+SHARED = {**PLAIN, "processes": 2, "gradient_checkpointing": True}
+CASES |= {
+    f"two processes, {sharding}": {**SHARED, "sharding": sharding} for sharding in ("ddp", "fsdp2", "zero2", "zero3")
+}
+CASES["two processes, fsdp2, larger"] = {**SHARED, "sharding": "fsdp2", "model": "110m"}
+CASES["two processes, fsdp2, bf16 autocast"] = {**SHARED, "sharding": "fsdp2", "mixed_precision": "bf16"}
+CASES["two processes, fsdp2, lora"] = {**SHARED, "sharding": "fsdp2", "lora": "all-linear"}
 # No variable MALLOC_* may be set for `glibc`: most of them stop its threshold from moving, whatever their value.
 ALLOCATORS = ("returning", "glibc")
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -91,11 +102,11 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="only write the table anew from the JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever libraries print is not an answer
-        print(json.dumps(measure(json.loads(args.child))), file=answers, flush=True)
+        answer = json.dumps(measure(json.loads(args.child)))
+        (args.answers / f"{os.environ.get('RANK', '0')}.json").write_text(answer, encoding="utf-8")
         return
     target = args.output_dir / "memory.json"
     if args.render:
@@ -148,13 +159,34 @@ def rows_of(cases: dict[str, dict[str, Any]], repeats: int, allocators: list[str
 
 
 def child(case: dict[str, Any], allocator: str) -> dict[str, Any]:
-    """One run in a process of its own: `base` and `peak` in bytes, and the estimate."""
-    command = [sys.executable, __file__, "--child", json.dumps({**case, "allocator": allocator})]
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case}: {done.stderr.strip()[-2000:]}")
-    return dict(json.loads(done.stdout))
+    """One run in processes of its own: `base` and `peak` in bytes, of the one that took most, and the estimate."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    command = [sys.executable]
+    if processes := case.get("processes"):
+        environment |= launch_variables(case)
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
+        command += ["--rdzv_endpoint=localhost:0"]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [__file__, "--answers", folder, "--child", json.dumps({**case, "allocator": allocator})]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            said = done.stderr.strip()
+            raised = [line for line in said.split("\n") if "Error: " in line]
+            raise SystemExit(f"{case}: {raised[0] if raised else said[-2000:]}")
+        answers = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).iterdir()]
+    if len(answers) != (processes or 1):
+        raise SystemExit(f"{case}: {len(answers)} of {processes} processes have answered")
+    return dict(max(answers, key=lambda answer: answer["peak"] - answer["base"]))
+
+
+def launch_variables(case: dict[str, Any]) -> dict[str, str]:
+    """What `convexlm train --accelerate_config` starts its processes with."""
+    from convexlm.launch.environment import make_plan
+    from convexlm.launch.settings import LaunchSettings
+
+    kind = None if case["sharding"] == "ddp" else case["sharding"]
+    settings = LaunchSettings(accelerate_config=kind, num_processes=case["processes"])
+    return make_plan(settings.resolved(), use_cpu=True).variables
 
 
 def config_of(name: str) -> Any:
@@ -205,6 +237,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     base = resident("VmRSS")
     train(case)
     peak = resident("VmHWM")
+    if (
+        case.get("sharding") == "zero3"
+    ):  # or every model that is made from now on, the estimate's too, would be sharded
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     # In this process, for it has decided by its own timing whether the head's products are in half precision.
     return {"base": base, "peak": peak, "estimate": estimate_of(case).as_dict()}
 
@@ -217,35 +255,27 @@ def resident(field: str) -> int:
 
 def train(case: dict[str, Any]) -> None:
     """Three optimizer steps; the peak is reset when the loop begins."""
-    import tempfile
-
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from convexlm import ConvexConfig, ConvexTrainer
+    from convexlm.launch.deepspeed import is_on_cpu, options_on_cpu, unsharded
+    from convexlm.launch.engine import set_up
 
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
-    torch.manual_seed(0)
-    how = {
-        "attn_implementation": case.get("attention", "sdpa"),
-        "dtype": getattr(torch, case.get("dtype", "float32")),
-    }
-    model = AutoModelForCausalLM.from_config(config_of(case["model"]), **how)
-    if case.get("quantized"):
-        model = quantized(model, case, how)
     accumulation, length = case.get("accumulation", 1), case["length"]
-    lengths = [length - 16 * (i % 2) for i in range(3 * case["batch"] * accumulation)]
+    lengths = [length - 16 * (i % 2) for i in range(3 * case["batch"] * accumulation * case.get("processes", 1))]
     if case["batch"] == 1:
         lengths = [length] * len(lengths)
     rows = [{"input_ids": [3] * n, "labels": [-100] * 4 + [5] * (n - 4)} for n in lengths]
+    place = options_on_cpu({}) if is_on_cpu() else {"use_cpu": True}
     with tempfile.TemporaryDirectory() as folder:
         args = ConvexConfig(
             folder,
             objective="convex",
-            use_cpu=True,
             bf16=case.get("mixed_precision") == "bf16",
             per_device_train_batch_size=case["batch"],
             gradient_accumulation_steps=accumulation,
@@ -258,7 +288,18 @@ def train(case: dict[str, Any]) -> None:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **place,
         )
+        set_up(args)
+        torch.manual_seed(0)
+        how = {
+            "attn_implementation": case.get("attention", "sdpa"),
+            "dtype": getattr(torch, case.get("dtype", "float32")),
+        }
+        with unsharded(args):
+            model = AutoModelForCausalLM.from_config(config_of(case["model"]), **how)
+        if case.get("quantized"):
+            model = quantized(model, case, how)
         dataset = Dataset.from_list(rows)
         trainer = ConvexTrainer(
             model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_of(case)
@@ -270,8 +311,6 @@ def train(case: dict[str, Any]) -> None:
 
 def quantized(model: Any, case: dict[str, Any], how: dict[str, Any]) -> Any:
     """The model in bitsandbytes' 4 or 8 bits, by way of a folder."""
-    import tempfile
-
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(
@@ -336,7 +375,9 @@ def table(result: dict[str, Any]) -> str:
         "made in that process, "
         "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
         "about 200 MB here. The framework is taken for 580 MB, between two machines' (523 to 530 and 600 to 630), "
-        "and 50 more with bitsandbytes. FSDP2 and DeepSpeed: not measured.",
+        "and 50 more with bitsandbytes. Two processes train over gloo; the figures are those of the one that took "
+        "most. "
+        "ZeRO in 16 bits, which transformers has on a GPU only: not measured.",
         "",
         *gpu_lines(result.get("gpu")),
         "| case | parameters | trained | estimate MB | returning MB | error | whole process | glibc MB | error |",
@@ -355,7 +396,8 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"\\* {facts['earlier']}"]
     lines.append("")
     for name, key in (("returning", "growth_error"), ("returning", "peak_error"), ("glibc", "growth_error")):
-        errors = [abs(row[name][key]) for row in result["rows"] if name in row]
+        if not (errors := [abs(row[name][key]) for row in result["rows"] if name in row]):
+            continue
         what = "the growth" if key == "growth_error" else "the whole process"
         inside = sum(error <= 0.15 for error in errors)
         lines.append(

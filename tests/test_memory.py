@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 
 from convexlm.errors import UserError
 from convexlm.known_models import NAMES, find_config
-from convexlm.memory import SHARDINGS, MemoryEstimate, estimate_memory, gigabytes
+from convexlm.memory import SHARDINGS, ZERO_BUCKET_ELEMENTS, MemoryEstimate, estimate_memory, gigabytes
 from convexlm.memory_step import StepShape, empty_model, trace_step
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
@@ -132,6 +132,18 @@ def test_ddp_buckets_and_one_process() -> None:
     assert four.buckets == four.gradients and alone.buckets == 0
     assert four.peak == alone.peak + four.buckets
     assert small(sharding="ddp", processes=1).peak == alone.peak
+
+
+def test_zeros_buckets_and_float32_copies() -> None:
+    """What DeepSpeed's estimators leave out, as measured with two processes on a CPU (results/memory.md)."""
+    two, three = (small(sharding=name, processes=4) for name in ("zero2", "zero3"))
+    assert two.optimizer == 12 * PARAMETERS // 4, "stage 2 copies its part of float32 weights, too"
+    assert three.optimizer == 8 * PARAMETERS // 4, "stage 3 does not"
+    gradients = 4 * PARAMETERS
+    assert two.buckets == gradients and three.buckets == 2 * gradients + gradients // 4
+    on_a_gpu = small(sharding="zero2", processes=4, device="cuda", device_bytes=2**34, mixed_precision="bf16")
+    assert on_a_gpu.buckets == 2 * ZERO_BUCKET_ELEMENTS, "all of it, however small the model"
+    assert on_a_gpu.peak > on_a_gpu.buckets + on_a_gpu.weights + on_a_gpu.optimizer
 
 
 def test_a_checkpoint_holds_weights_and_both_moments() -> None:

@@ -8,15 +8,17 @@ Activations, gradients and what lives only for a moment are counted by running a
 | `none`, `ddp` | all | all | all | with several processes, DDP's buckets: all gradients once more |
 | `fsdp2` | 1/n | 1/n | 1/n | two layers and what is in no layer, gathered; two layers' whole gradients |
 | `fsdp2_offload` | on the host | on the host | on the host | gathered, as `fsdp2` |
-| `zero1`, `zero2` | all, 16-bit | all 16-bit, and 1/n in float32 | 1/n | |
-| `zero1_offload`, `zero2_offload` | all, 16-bit | all 16-bit | on the host | |
-| `zero3` | 1/n, 16-bit | 1/n in float32 | 1/n | gathered: at most 1e9 parameters (stage3_max_live_parameters) |
+| `zero1`, `zero2` | all, 16-bit | all 16-bit, and 1/n in float32 | 1/n | a bucket |
+| `zero1_offload`, `zero2_offload` | all, 16-bit | all 16-bit | on the host | a bucket |
+| `zero3` | 1/n, 16-bit | 1/n in float32 | 1/n | a bucket; gathered: at most 1e9 parameters (`max_live_parameters`) |
 | `zero3_offload_optimizer` | 1/n, 16-bit | on the host | on the host | gathered, as `zero3` |
 | `zero3_offload_parameters` | on the host | 1/n in float32 | 1/n | gathered, as `zero3` |
 | `zero3_offload` | on the host | on the host | on the host | gathered, as `zero3` |
 
-Under ZeRO the optimizer's share holds a float32 copy of the weights; the bytes are those of DeepSpeed's own estimators
-(4 + 16/n a parameter for stage 2, 18/n for stage 3). FSDP2 and DeepSpeed are arithmetic, not measured here.
+Under ZeRO the optimizer's share holds a float32 copy of the weights (stage 3 in float32 has none); those bytes are of
+DeepSpeed's own estimators (4 + 16/n a parameter for stage 2, 18/n for stage 3). Its bucket of gradients, which they
+leave out, is one of `reduce_bucket_size` (5e8, DeepSpeed's default); stage 3 lays it out once more to exchange it.
+DDP, FSDP2 and ZeRO were measured with two processes on a CPU (results/memory.md), on GPUs they are arithmetic.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ BITSANDBYTES_BYTES = 50_000_000
 """What that package adds to it, on a CPU."""
 
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
+ZERO_BUCKET_ELEMENTS = 500_000_000
 _ADAM_LIKE = 2
 # Copies of each trainable weight that an optimizer keeps. Names are those of transformers' `optim`.
 _STATES = {
@@ -74,7 +77,7 @@ class MemoryEstimate:
         head: the fused head's buffers while it works: the logits of one chunk, and their float32 rows.
         head_tokens: target tokens in that chunk.
         gathered: parameters (and, for FSDP2, gradients) that are whole for a moment; unpacked quantized weights.
-        buckets: DDP's communication buffers.
+        buckets: communication buffers of DDP or ZeRO.
         peak_gradients: gradients at the moment of most memory in the forward and backward pass.
         peak_working: activations, head and temporary tensors at that moment, or the head's kept buffers.
         peak: most at any moment, without the framework.
@@ -230,7 +233,12 @@ def _put_together(
     else:
         # 16-bit weights, a float32 copy of the trained ones with the optimizer, gradients summed in float32.
         weights = model.parameters * size if not shape.quantized else weights
-        master = 4 * model.trainable if half else 0
+        master = 4 * model.trainable if half or not sharding.startswith("zero3") else 0
+        exchanged = min(ZERO_BUCKET_ELEMENTS, model.trainable) * size
+        # On a GPU the bucket is there as a whole; on a CPU what was never written to takes nothing.
+        buckets = exchanged if shape.device == "cpu" else ZERO_BUCKET_ELEMENTS * size
+        if sharding.startswith("zero3"):
+            buckets += exchanged + exchanged // n
         stored_optimizer = states = 2 * 4 * model.trainable + master if known else states + master
         summed = 4 * model.trainable if half else 0
         whole = model.trainable * size

@@ -316,7 +316,7 @@ def _memory_lines(memory: Mapping[str, Any] | None, why: str | None, *, returned
         ("activations", memory["activations"]),
         (f"head chunk of {memory['head_tokens']} tokens", memory["head"]),
         ("gathered", memory["gathered"]),
-        ("DDP buckets", memory["buckets"]),
+        ("buckets", memory["buckets"]),
         ("framework", memory["framework"]),
     ]
     shown = ", ".join(f"{name} {gigabytes(count)}" for name, count in parts if count)
