@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from convexlm.cli import main
-from convexlm.decoding import Search, decode_jobs
+from convexlm.decoding import Search, ct2_cache, decode_jobs
 from convexlm.decoding.auto import choose_backend
 from convexlm.errors import UserError
 from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, read
@@ -199,6 +199,16 @@ def test_conversions_at_once_and_killed_ones(checkpoint: Path, cache: Path):
     assert places[0] == places[1]
     assert sorted(path.name for path in Path(places[0]).iterdir()) == ["config.json", "model.bin", "vocabulary.json"]
     assert not list(root.glob(".d*"))
+
+
+@needs_ctranslate2
+def test_a_conversion_by_other_code_is_not_taken(checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    first = ct2_cache.converted(checkpoint, "d" * 64)
+    (first / "mark").touch()
+    assert ct2_cache.converted(checkpoint, "d" * 64) == first
+    monkeypatch.setattr(ct2_cache, "_code_hash", lambda: "0" * 64)
+    again = ct2_cache.converted(checkpoint, "d" * 64)
+    assert again != first and not (again / "mark").exists() and (first / "mark").exists()
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm import adapters
+from convexlm.decoding import checkpoint as checkpoints
+from convexlm.decoding import loading
 from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
 from convexlm.errors import UserError
-from convexlm.files import sync_folder
+from convexlm.files import file_sha256, json_sha256, sync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +44,8 @@ def converted(checkpoint: Path, digest: str, *, trust_remote_code: bool = False)
     import ctranslate2
     import transformers
 
-    # Another release of either may convert otherwise.
-    name = f"{digest[:32]}-{ctranslate2.__version__}-{transformers.__version__}"
+    # Another release of either may convert otherwise, and so may other code here.
+    name = f"{digest[:32]}-{ctranslate2.__version__}-{transformers.__version__}-{_code_hash()[:8]}"
     root = cache_folder() / "ctranslate2"
     final = root / name
     if final.is_dir():
@@ -65,6 +68,12 @@ def converted(checkpoint: Path, digest: str, *, trust_remote_code: bool = False)
     except OSError as error:
         raise UserError(f"{root}: cannot keep the converted model there ({error.strerror or error})") from None
     return final
+
+
+def _code_hash() -> str:
+    """The hash of the code that loads, merges, converts and compares."""
+    files = [Path(__file__), *(Path(str(module.__file__)) for module in (adapters, checkpoints, loading))]
+    return json_sha256([file_sha256(file) for file in files])
 
 
 def _convert(checkpoint: Path, output: Path, trust_remote_code: bool) -> None:
