@@ -69,6 +69,18 @@ def test_another_recipe_is_refused_with_the_first_difference(
     assert identity_sha256(other) != identity_sha256(load(tmp_path))
 
 
+def test_a_run_goes_on_with_another_number_of_decoding_processes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(load(tmp_path, decode__num_processes=4))
+    before = folder.recipe.read_bytes()
+    for number in (None, 1, 2):
+        other = load(tmp_path, decode__num_processes=number)
+        assert folder.check(other)
+        folder.claim(other)
+        assert identity_sha256(other) == identity_sha256(load(tmp_path))
+    assert folder.recipe.read_bytes() == before
+
+
 def test_a_recipe_with_more_seeds_and_arms_goes_on_in_its_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.claim(load(tmp_path, seeds=[7]))

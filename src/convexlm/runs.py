@@ -220,6 +220,8 @@ def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
     if isinstance(seed := found.get("seeds"), int):  # as recipes of one seed were kept before
         found["seeds"] = [seed]
+    if isinstance(decode := found.get("decode"), dict):  # any number of processes writes the same files
+        found["decode"] = {key: value for key, value in decode.items() if key != "num_processes"}
     return found
 
 
