@@ -1,7 +1,7 @@
 """Each of two processes computes its half of a batch through a wrapped model; rank 0 writes the averaged gradients.
 
-Started by `torchrun` with: what to wrap with ("ddp" or "fsdp2"), whether the head is its own FSDP unit, output file.
-Beside the gradients the file has how often the head's shards were gathered, in the forward and the backward pass.
+Started by `torchrun` with a folder, where every way to wrap the model gets a file. Beside the gradients it has how
+often the head's shards were gathered, in the forward and the backward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from convexlm.fused_forward import HeadCall, add_fused_objective
 from convexlm.launch import leave
 from convexlm.objectives import get_objective
 from training_helpers import tiny_model
+
+FORMS = {"ddp": (0, 0), "fsdp2": (1, 0), "fsdp2-head-apart": (1, 1)}
+"""How a model is wrapped (the last: its head a unit of FSDP's own), and how often that gathers the head."""
 
 
 def batch():
@@ -48,40 +51,41 @@ def count_gathers(weight_of, gathers):
     groups.foreach_all_gather = counted
 
 
-def main():
-    kind, own_unit, path = sys.argv[1:]
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def wrapped(form):
     model = tiny_model()
     add_fused_objective(model)
-    if kind == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    if form == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        if own_unit == "yes":
-            fully_shard(model.lm_head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if form == "fsdp2-head-apart":
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank, gathers = dist.get_rank(), [0]
+    count_gathers("lm_head.weight", gathers)
     ids, labels = batch()
     mine = slice(2 * rank, 2 * rank + 2)
-    gathers = [0]
-    if kind == "fsdp2":
-        count_gathers("lm_head.weight", gathers)
-    for _ in range(2):  # the second time through finds what the first left behind
-        model.zero_grad()
-        gathers[:] = [0]
-        # Both average over ranks, and the losses are parts of a sum. Seven targets a row: a chunk is a sequence.
-        gradients(model, ids[mine], labels[mine], 2.0, chunk_tokens=7, between=lambda: gathers.append(0))
-    found = {"gathers": torch.tensor(gathers)}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-    if rank == 0:
-        torch.save(found, path)
+    for form in FORMS:
+        model = wrapped(form)
+        for _ in range(2):  # the second time through finds what the first left behind
+            model.zero_grad()
+            gathers[:] = [0]
+            # Both average over ranks, and the losses are parts of a sum. Seven targets a row: a chunk is a sequence.
+            gradients(model, ids[mine], labels[mine], 2.0, chunk_tokens=7, between=lambda: gathers.append(0))
+        found = {"gathers": torch.tensor(gathers)}
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad
+            found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        if rank == 0:
+            torch.save(found, f"{sys.argv[1]}/{form}.pt")
     leave(0)
 
 

@@ -89,7 +89,7 @@ def test_a_launcher_gives_the_bytes_of_one_process(
 @pytest.mark.slow
 def test_a_rank_that_dies_loses_nothing(checkpoint: Path, tmp_path: Path, one_thread: None):
     """Rank 1 dies: the others do its share. Rank 0 dies: the next run does, alone."""
-    many = [f"{source} {number}" for number in range(4) for source in SOURCES]
+    many = [f"{source} {number}" for number in range(2) for source in SOURCES]
     more = ("--batch_size", "1", "--num_beams", "4")
     assert main(words(checkpoint, tmp_path, "whole.jsonl", *more, sources=many)) == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
@@ -99,7 +99,7 @@ def test_a_rank_that_dies_loses_nothing(checkpoint: Path, tmp_path: Path, one_th
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         ranks = [start(argv, launched(rank, port), **pipes) for rank in range(2)]
         part = tmp_path / f"{out}.part"
-        while ranks[0].poll() is None and not (part.exists() and part.stat().st_size > 3000):
+        while ranks[0].poll() is None and not (part.exists() and part.stat().st_size > 1500):
             time.sleep(0.005)
         ranks[victim].send_signal(signal.SIGKILL)
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]

@@ -240,8 +240,8 @@ def test_kill_9_of_the_command_line(checkpoint: Path, tmp_path: Path, capsys: py
     argv = [sys.executable, "-m", "convexlm.cli", *words(checkpoint, many, out, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     lengths = [0]
-    # In time while the libraries load, then each time once another batch was written.
-    for wait in (1.5, None, None, None):
+    # In time while the libraries load, then once batches were written.
+    for wait in (1.5, None):
         with subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=environment) as process:
             part = tmp_path / "out.jsonl.part"
             began = time.monotonic()

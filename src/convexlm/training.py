@@ -150,10 +150,10 @@ def _train_in(
         revision=None if data.tokenizer_name else revision_of(model_options),
     )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
+    check_model(model_options, data)  # before the data, which may take long
     sources = (tokenizer_source, model_options.model_name_or_path)
     if data.add_bos is None and not data.config_name and (said := said_of_bos(tokenizer, settings.add_bos, sources)):
         _say(said)
-    check_model(model_options, data)  # before the data, which may take long
     model_facts = model_identity(model_options, data, args, str(tokenizer_source), tokenizer)
     train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
     eval_dataset = evaluation = None
