@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -284,20 +282,14 @@ def test_gigabytes() -> None:
         {"model": "20m", "batch": 8, "length": 192, "gradient_checkpointing": False, "lora": "all-linear"},
     ],
 )
-def test_a_measured_peak(case: dict[str, Any]) -> None:
+def test_a_measured_peak(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Wider than the 15 % of results/memory.md, for a busy machine's resident sets are noisy."""
     sys.path.insert(0, str(BENCHMARK.parent))
     try:
         import memory as benchmark  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(BENCHMARK.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected = benchmark.estimate_of(case).peak
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--child", json.dumps({**case, "allocator": "returning"})],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = benchmark.child(case, "returning")
     assert told["peak"] - told["base"] == pytest.approx(expected, rel=0.25)

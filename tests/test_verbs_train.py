@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from convexlm import cli
 from convexlm.metrics_file import read_metrics
-from training_helpers import train, words, write_model_files, write_records
+from training_helpers import tiny_model, train, words, write_model_files, write_records
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,11 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_told(files, tmp_path, capsys):
     """Where a model that somebody else trained gets one; not of a new model, nor where it was asked for."""
     nothing = {"dataset": files / "none.jsonl", **SHORT}
     told = "prompts begin with `<s>`, which the tokenizer itself puts before no text"
-    assert train(tmp_path / "out", model_name_or_path=files / "model", **nothing) == 2
+    shutil.copytree(files / "model", tmp_path / "model")
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert train(tmp_path / "out", model_name_or_path=tmp_path / "model", **nothing) == 2
     assert told in capsys.readouterr().err
-    assert train(tmp_path / "out", model_name_or_path=files / "model", add_bos=True, **nothing) == 2
+    assert train(tmp_path / "out", model_name_or_path=tmp_path / "model", add_bos=True, **nothing) == 2
     assert train(tmp_path / "out", **new_model(files), **nothing) == 2
     assert told not in capsys.readouterr().err
 
