@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from convexlm.checkpoints import best_checkpoint, best_step, planned_steps
-from convexlm.errors import UserError
+from convexlm.errors import UserError, first_line
 from convexlm.progress import note
 from convexlm.trainer import ConvexTrainer
 from convexlm.training_marker import changed_optimizer, other_evaluation
-from convexlm.training_model import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

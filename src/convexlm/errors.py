@@ -32,3 +32,8 @@ def without_worker_traceback(error: UserError) -> UserError:
     if "in DataLoader worker process" not in text:
         return error
     return UserError(text.rstrip().rsplit(f"{UserError.__name__}: ", 1)[-1])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or what it is called if it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

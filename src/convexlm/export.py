@@ -15,8 +15,8 @@ from typing import Any
 
 from convexlm.checkpoints import COMPLETE_FILE, SAVING_FILE, read_marker, sync_tree, why_incomplete
 from convexlm.decoding.checkpoint import is_adapter
-from convexlm.errors import UserError
-from convexlm.export_weights import ADAPTER_CONFIG, base_of, copy_adapter, first_line, load, sharded_folder
+from convexlm.errors import UserError, first_line
+from convexlm.export_weights import ADAPTER_CONFIG, base_of, copy_adapter, load, sharded_folder
 from convexlm.files import read_json_object, write_atomic
 from convexlm.launch.deepspeed import refuse_code, zero_folder
 

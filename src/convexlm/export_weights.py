@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from convexlm.adapters import merge_adapter
-from convexlm.errors import UserError
+from convexlm.errors import UserError, first_line
 from convexlm.files import read_json_object, write_atomic
 from convexlm.sharded import METADATA, SHARDED_FOLDER, load_sharded
 
@@ -241,8 +241,3 @@ def copy_adapter(source: Path, target: Path, dtype: str, base_model: str | None)
     write_atomic(target / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     return sum(tensor.numel() for tensor in state.values()), "/".join(kinds)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or what it is called."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -70,9 +70,12 @@ def chunk_limit(tokens: int, vocabulary: int, element_size: int, device: torch.d
         sum_bytes: of the float32 sum that several chunks would need and one would not.
     """
     limit = default_chunk_tokens(vocabulary, element_size, device)
-    if device.type != "cpu" and limit < tokens and (tokens - limit) * vocabulary * element_size <= sum_bytes:
-        return tokens
-    return limit
+    return limit if device.type == "cpu" else widened(limit, tokens, vocabulary * element_size, sum_bytes)
+
+
+def widened(limit: int, tokens: int, token_bytes: int, sum_bytes: int) -> int:
+    """All tokens where their logits, `token_bytes` each, exceed a chunk's by no more than the sum; else the limit."""
+    return tokens if limit < tokens and (tokens - limit) * token_bytes <= sum_bytes else limit
 
 
 def pieces_of(start: int, stop: int, chunk_tokens: int) -> tuple[tuple[int, int], ...]:

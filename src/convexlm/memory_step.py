@@ -301,9 +301,9 @@ def _head_buffers(weight: Tensor, shape: StepShape) -> _HeadBuffers:
     products = products_dtype("cpu", wanted) if on_cpu else wanted
     limit = shape.chunk_tokens or chunk_tokens_on(vocabulary, products.itemsize, shape.device, shape.device_bytes)
     tokens = shape.batch * shape.length
-    if not (on_cpu or shape.chunk_tokens):  # as `head_chunks.chunk_limit`
+    if not (on_cpu or shape.chunk_tokens):
         spared = bytes_of_sum(weight, products) if weight.requires_grad else 0
-        limit = tokens if 0 < (tokens - limit) * vocabulary * products.itemsize <= spared else limit
+        limit = head_chunks.widened(limit, tokens, vocabulary * products.itemsize, spared)
     chunk = min(tokens, limit)
     size, high = products.itemsize, max(products.itemsize, 4)
     rows = min(chunk, max(1, (cpu_rows_bytes() if on_cpu else GPU_ROWS_BYTES) // (vocabulary * high)))

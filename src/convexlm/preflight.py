@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import math
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
+from convexlm.options import did_you_mean
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.scoring import Scorer, said_of_words
 from convexlm.sweep import read_instruction
@@ -135,8 +135,7 @@ def _refuse_unknown_keys(model_type: str, values: dict[str, Any], config: Any) -
         rest = copy.deepcopy({key: value for key, value in values.items() if key != name})
         without = AutoConfig.for_model(model_type, **rest).to_dict()
         if all(value == without.get(key) for key, value in config.to_dict().items() if key != name):
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
+            meant = did_you_mean(name, known)
             raise UserError(f"model.config: a config of the type `{model_type}` has no `{name}`{meant}")
 
 

@@ -19,7 +19,7 @@ from convexlm.checkpoints import (
     rotate,
     step_of,
 )
-from convexlm.errors import Stopped, UserError, without_worker_traceback
+from convexlm.errors import Stopped, UserError, first_line, without_worker_traceback
 from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.output_folder import held, refuse_checkpoints
 from convexlm.progress import TrainProgress, note
@@ -33,7 +33,7 @@ from convexlm.training_checks import (
     say_if_the_same,
 )
 from convexlm.training_marker import content_of, model_identity, training_marker
-from convexlm.training_model import check_model, first_line, model_to_train, peft_config_of, revision_of
+from convexlm.training_model import check_model, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from convexlm.errors import UserError
+from convexlm.errors import UserError, first_line
 from convexlm.progress import note
-from convexlm.training_model import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.errors import UserError
+from convexlm.errors import UserError, first_line
 from convexlm.launch.deepspeed import unsharded
 
 if TYPE_CHECKING:
@@ -149,9 +149,3 @@ def peft_config_of(options: ModelConfig) -> Any:
     if config is not None:
         config.revision = revision_of(options)  # by which decoding and export find the base that was trained on
     return config
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line."""
-    text = str(error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
