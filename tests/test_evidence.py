@@ -221,6 +221,16 @@ def test_data_of_multi30k(shared_data: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "d" / "val500.de").read_text(encoding="utf-8").split("\n")) == 501
 
 
+def test_joined_pairs_are_all_there_in_order_and_of_unequal_length() -> None:
+    pairs = [(f"s{n}", f"t{n}") for n in range(100)]
+    joined = make_data.join_up(pairs, 4, 1)
+    assert [word for source, _ in joined for word in source.split()] == [source for source, _ in pairs]
+    assert [word for _, target in joined for word in target.split()] == [target for _, target in pairs]
+    assert {len(source.split()) for source, _ in joined} == {1, 2, 3, 4}
+    assert all(source.replace("s", "t") == target for source, target in joined)
+    assert make_data.join_up(pairs, 1, 1) == pairs
+
+
 def test_ambiguity_has_one_best_translation_and_even_others() -> None:
     from convexlm.tinyworld.corpus import sample_corpus
     from convexlm.tinyworld.grammar import translations
@@ -259,6 +269,21 @@ def test_parts_by_length_share_out_the_sentences() -> None:
     assert [len(text.split()) for text in short.references[0]] == [3, 5, 5]
     assert [len(text.split()) for text in long.references[0]] == [9, 7]
     assert short.group == long.group == "t" and short.name == corpus.name
+
+
+def test_parts_by_confidence_are_thirds_by_a_model_s_own_log_probabilities(tmp_path: Path) -> None:
+    from convexlm.significance import Corpus
+
+    values = [-0.5, -3.0, -1.0, -0.1, -2.0, -0.7, -0.6]
+    lines = [json.dumps({"id": str(n), "mean_log_prob": value}) for n, value in enumerate(values)]
+    (tmp_path / "t.en-de.greedy.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    corpora = [
+        Corpus(f"t en-de, final-seed{seed}", "de", {"a": list("abcdefg")}, [list("ABCDEFG")], group="t en-de")
+        for seed in (1, 2)
+    ]
+    parts = intervals.by_confidence(corpora, tmp_path)
+    assert [part[0].systems["a"] for part in parts.values()] == [["b", "c", "e"], ["f", "g"], ["a", "d"]]
+    assert list(parts) == ["unsure", "between", "sure"] and parts["sure"][1].references == [["A", "D"]]
 
 
 def test_arms_that_not_every_seed_has_are_read_of_those_that_have_them(tmp_path: Path) -> None:

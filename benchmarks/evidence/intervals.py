@@ -15,9 +15,13 @@ import argparse
 import itertools
 import json
 import math
+from bisect import bisect_left
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # The 97.5th percentile of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -68,28 +72,48 @@ def read_corpora(folder: Path, arms: list[str] | None = None) -> list[Any]:
     return corpora
 
 
-def by_length(corpora: list[Any]) -> dict[str, list[Any]]:
-    """The corpora of the sentences with short and with long references, by the median of their words.
+def in_parts(corpora: list[Any], values: list[list[float]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The corpora's sentences shared out by a number that each has, into parts of nearly equal size.
 
     Args:
         corpora: of `read_corpora`.
-
-    Returns:
-        `short`: up to the median number of blanks-separated words of the first reference; `long`: above it.
+        values: one number a sentence, for each corpus.
+        names: of the parts, that of the smallest numbers first; a number on a border falls into the lower part.
     """
     from convexlm.significance import Corpus
 
-    counts = [[len(text.split()) for text in corpus.references[0]] for corpus in corpora]
-    middle = median(count for one in counts for count in one)
-    parts: dict[str, list[Any]] = {"short": [], "long": []}
-    for corpus, lengths in zip(corpora, counts, strict=True):
-        for name, part in parts.items():
-            places = [place for place, length in enumerate(lengths) if (length <= middle) == (name == "short")]
+    ordered = sorted(value for one in values for value in one)
+    borders = [ordered[math.ceil(len(ordered) * n / len(names)) - 1] for n in range(1, len(names))]
+    parts: dict[str, list[Any]] = {name: [] for name in names}
+    for corpus, numbers in zip(corpora, values, strict=True):
+        for index, part in enumerate(parts.values()):
+            places = [place for place, number in enumerate(numbers) if bisect_left(borders, number) == index]
             pick = lambda lines, places=places: [lines[place] for place in places]  # noqa: E731
             systems = {system: pick(lines) for system, lines in corpus.systems.items()}
             references = [pick(stream) for stream in corpus.references]
             part.append(Corpus(corpus.name, corpus.target_lang, systems, references, group=corpus.group))
     return parts
+
+
+def by_length(corpora: list[Any]) -> dict[str, list[Any]]:
+    """`short` and `long`: up to the median number of blanks-separated words of the first reference, and above it."""
+    counts = [[float(len(text.split())) for text in corpus.references[0]] for corpus in corpora]
+    return in_parts(corpora, counts, ("short", "long"))
+
+
+def by_confidence(corpora: list[Any], decoded: Path) -> dict[str, list[Any]]:
+    """`unsure`, `between` and `sure`: thirds by the mean log-probability of a model's own greedy hypotheses.
+
+    Args:
+        corpora: of `read_corpora`, whose groups are `TEST_SET PAIR`.
+        decoded: a folder of that model's hypotheses, such as RUN/decode/start/checkpoint-3632.
+    """
+    values = []
+    for corpus in corpora:
+        name, pair = str(corpus.group).split(" ")
+        lines = (decoded / f"{name}.{pair}.greedy.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        values.append([json.loads(line)["mean_log_prob"] for line in lines])
+    return in_parts(corpora, values, ("unsure", "between", "sure"))
 
 
 def differences(corpora: list[Any], baseline: str, metric: str, n_samples: int) -> list[dict[str, Any]]:
@@ -118,6 +142,9 @@ def main() -> None:
     parser.add_argument("--baselines", nargs="+", default=["mle", "oracle-mle"], help="arms to compare with")
     parser.add_argument("--n_samples", type=int, default=1000)
     parser.add_argument("--by_length", action="store_true", help="also short and long sentences apart")
+    parser.add_argument(
+        "--by_confidence", type=Path, help="also thirds of the sentences, by the mean log-probabilities in this folder"
+    )
     parser.add_argument("--arms", nargs="+", help="these alone, of the seeds that have them all; give a --part too")
     parser.add_argument(
         "--part", default="all", help="what the rows are called; old ones of the same part are replaced"
@@ -129,6 +156,8 @@ def main() -> None:
         if not everything:
             parser.error(f"{folder}: no finished final-seedN with the arms {args.arms}")
         parts = {args.part: everything, **(by_length(everything) if args.by_length else {})}
+        if args.by_confidence:
+            parts |= by_confidence(everything, args.by_confidence)
         systems = list(everything[0].systems)
         for baseline in [name for name in systems if name.rsplit(" ", 1)[0] in args.baselines]:
             for metric, (part, corpora) in itertools.product(args.metrics, parts.items()):

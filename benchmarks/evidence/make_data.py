@@ -20,6 +20,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,23 @@ def read(folder: Path, name: str, language: str) -> list[str]:
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
+def join_up(pairs: list[tuple[str, str]], most: int, seed: int) -> list[tuple[str, str]]:
+    """Runs of 1 to `most` neighbouring pairs made one, their number drawn for each: targets of very unequal lengths.
+
+    Args:
+        pairs: source and target.
+        most: pairs in a run; 1 changes nothing.
+        seed: of the numbers.
+    """
+    draw = random.Random(seed)
+    joined, place = [], 0
+    while place < len(pairs):
+        run = pairs[place : place + draw.randint(1, most)]
+        joined.append((" ".join(source for source, _ in run), " ".join(target for _, target in run)))
+        place += len(run)
+    return joined
+
+
 def make(
     multi30k: Path,
     output: Path,
@@ -50,6 +68,7 @@ def make(
     seed: int,
     vocab_size: int,
     other_text: Sequence[Path] = (),
+    join: int = 1,
 ) -> dict:
     """Write everything; returns what `data.json` holds."""
     from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
@@ -61,14 +80,14 @@ def make(
     other = [line for file in other_text for line in file.read_text(encoding="utf-8").split("\n")]
     rows = [
         {"instruction": instruction, "input": src, "output": tgt, "clean": is_clean}
-        for src, tgt, is_clean in spoil(clean, noise, share, seed, other)
+        for src, tgt, is_clean in spoil(join_up(clean, join, seed), noise, share, seed, other)
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_rows(output / "train.jsonl", rows)
     write_rows(output / "train.clean.jsonl", [row for row in rows if row["clean"]])
     for name in SETS:
-        for language in LANGUAGES:
-            lines = read(multi30k, name, language)
+        pairs = list(zip(*(read(multi30k, name, language) for language in LANGUAGES), strict=True))
+        for language, lines in zip(LANGUAGES, zip(*join_up(pairs, join, seed), strict=True), strict=True):
             write_lines(output / f"{name}.{language}", lines)
             if name == "val":
                 write_lines(output / f"val500.{language}", lines[:500])
@@ -78,6 +97,7 @@ def make(
     tokenizer.save_pretrained(output / "tokenizer")
     about = {
         **{"pair": pair, "noise": noise, "share": share, "seed": seed, "vocab_size": len(tokenizer)},
+        **({"join": join} if join > 1 else {}),
         **{"records": len(rows), "clean": sum(row["clean"] for row in rows)},
         "sha256": hashlib.sha256((output / "train.jsonl").read_bytes()).hexdigest(),
     }
@@ -90,7 +110,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_lines(path: Path, lines: list[str]) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Plain text."""
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -112,8 +132,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vocab_size", type=int, default=6000)
+    parser.add_argument("--join", type=int, default=1, help="make one record of 1 to JOIN neighbouring pairs")
     args = parser.parse_args()
-    settings = (args.pair, args.noise, args.share, args.seed, args.vocab_size, args.other_text)
+    settings = (args.pair, args.noise, args.share, args.seed, args.vocab_size, args.other_text, args.join)
     about = make(args.multi30k, args.output_dir, *settings)
     print(json.dumps(about))
 
