@@ -1,7 +1,7 @@
-r"""Draw docs/evidence.svg from results/evidence.jsonl: each arm's BLEU at greedy and beam search, every seed a dot.
+r"""Draw docs/evidence/30.svg from results/evidence.jsonl: each arm's BLEU at greedy and beam search, every seed a dot.
 
 python benchmarks/evidence/figure.py results/evidence.jsonl \
-        --experiment multi30k-en-de-exchanged-30 --output docs/evidence.svg
+        --experiment multi30k-en-de-exchanged-30 --output docs/evidence/30.svg
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-r"""Draw docs/evidence-ambiguity.svg: how often greedy search finds the most probable translation, by their number.
+r"""Draw docs/evidence/ambiguity.svg: how often greedy search finds the most probable translation, by their number.
 
-    python benchmarks/evidence/figure_ambiguity.py results/evidence.jsonl --output docs/evidence-ambiguity.svg
+    python benchmarks/evidence/figure_ambiguity.py results/evidence.jsonl --output docs/evidence/ambiguity.svg
 
-Prints the table of docs/evidence.md too. Lines are means over seeds, every seed a dot; dashed lines are what theory
+Prints the table of docs/evidence/ambiguity.md too. Lines are means over seeds, every seed a dot; dashed lines are what theory
 predicts of a model that is free to follow the objective to its optimum.
 """
 

@@ -1,7 +1,7 @@
-r"""Draw docs/evidence-kinds.svg: what each kind of wrong target, half of them, did to every way of going on.
+r"""Draw docs/evidence/kinds.svg: what each kind of wrong target, half of them, did to every way of going on.
 
 python benchmarks/evidence/figure_kinds.py results/evidence-intervals.json results/evidence-ranks.json \
-        --output docs/evidence-kinds.svg
+        --output docs/evidence/kinds.svg
 
 The second file says for each experiment how often p̄ of its base ranks a right pair above a wrong one, as
 `filter_data.py` prints it (`auc`); kinds stand in that order.

@@ -1,4 +1,4 @@
-"""Print the tables of docs/evidence.md, in Markdown, from the rows and intervals in results/.
+"""Print the tables of docs/evidence, in Markdown, from the rows and intervals in results/.
 
 python benchmarks/evidence/tables.py results/evidence.jsonl results/evidence-intervals.json --experiment NAME
 """
