@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ def test_the_shared_head_is_computed_once(monkeypatch: pytest.MonkeyPatch):
         fed.append(input_ids.numel())
         return original(self, input_ids=input_ids, **options)
 
-    monkeypatch.setattr(type(model), "forward", lambda self, **options: forward(self, **options))
+    monkeypatch.setattr(type(model), "forward", functools.wraps(original)(lambda self, **o: forward(self, **o)))
     with torch.inference_mode():
         prefix = Prefix(model, prompts)
         Rows(model, prompts, PAD, prefix, beams=4)

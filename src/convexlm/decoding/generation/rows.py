@@ -20,7 +20,7 @@ NOT_NUMBERS = (
     "the model's probabilities are no numbers (NaN): its training has diverged, or it overflows in this dtype; "
     "--dtype bfloat16 or float32 has the range"
 )
-_NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_NEEDED = ("input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 # Their angles depend on the length of the whole prompt, so its head computed alone would be another.
 _ROPE_BY_LENGTH = ("dynamic", "longrope", "su", "yarn_dynamic")
@@ -42,6 +42,8 @@ def why_not(model: Any) -> str:
     known = inspect.signature(model.forward).parameters
     if lacking := [name for name in _NEEDED if name not in known]:
         return f"its forward takes no {lacking[0]}"
+    if not cache_option(model):
+        return "its forward takes no cache"
     if getattr(config, "alibi", False):
         return "its attention goes by distance (ALiBi) and counts it from the mask"
     if "local" in getattr(config, "attention_layers", ()):
@@ -54,6 +56,12 @@ def why_not(model: Any) -> str:
     if angles_by_length(model):
         return "its position angles depend on the prompt's length"
     return ""
+
+
+def cache_option(model: Any) -> str:
+    """What a model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before; else empty."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), "")
 
 
 def angles_by_length(model: Any) -> bool:
@@ -90,7 +98,7 @@ class Prefix:
         if self.ids:
             self.cache = _new_cache(model)
             ids = torch.tensor([self.ids], device=model.device)
-            model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_option(model): self.cache})
 
 
 def _new_cache(model: Any) -> RowCache:
@@ -119,6 +127,7 @@ class Rows:
 
     def __init__(self, model: Any, prompts: Sequence[list[int]], pad_id: int, prefix: Prefix, beams: int = 1) -> None:
         self._model = model
+        self._cache_option = cache_option(model)
         self._beams = beams
         self._cache = _new_cache(model)
         head = len(prefix.ids)
@@ -188,7 +197,7 @@ class Rows:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=self._beams if self._tail.shape[2] else 1,
+            **{self._cache_option: self._cache},
         ).logits.float()
