@@ -2,8 +2,8 @@ r"""Draw docs/evidence/ambiguity.svg: how often greedy search finds the most pro
 
     python benchmarks/evidence/figure_ambiguity.py results/evidence.jsonl --output docs/evidence/ambiguity.svg
 
-Prints the table of docs/evidence/ambiguity.md too. Lines are means over seeds, every seed a dot; dashed lines are what theory
-predicts of a model that is free to follow the objective to its optimum.
+Prints the table of docs/evidence/ambiguity.md too. Lines are means over seeds, every seed a dot; dashed lines are what
+theory predicts of a model that is free to follow the objective to its optimum.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ def make(
     vocab_size: int,
     other_text: Sequence[Path] = (),
     join: int = 1,
+    max_records: int | None = None,
 ) -> dict:
     """Write everything; returns what `data.json` holds."""
     from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
@@ -80,7 +81,7 @@ def make(
     other = [line for file in other_text for line in file.read_text(encoding="utf-8").split("\n")]
     rows = [
         {"instruction": instruction, "input": src, "output": tgt, "clean": is_clean}
-        for src, tgt, is_clean in spoil(join_up(clean, join, seed), noise, share, seed, other)
+        for src, tgt, is_clean in spoil(join_up(clean, join, seed)[:max_records], noise, share, seed, other)
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_rows(output / "train.jsonl", rows)
@@ -132,10 +133,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vocab_size", type=int, default=6000)
+    parser.add_argument("--max_records", type=int, help="take the first of the training records only")
     parser.add_argument("--join", type=int, default=1, help="make one record of 1 to JOIN neighbouring pairs")
     args = parser.parse_args()
-    settings = (args.pair, args.noise, args.share, args.seed, args.vocab_size, args.other_text, args.join)
-    about = make(args.multi30k, args.output_dir, *settings)
+    settings = (args.pair, args.noise, args.share, args.seed, args.vocab_size, args.other_text)
+    about = make(args.multi30k, args.output_dir, *settings, args.join, args.max_records)
     print(json.dumps(about))
 
 
