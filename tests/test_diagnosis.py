@@ -403,6 +403,7 @@ CASES = {
         "64",
     ),
     "unknown-data": (_case([0.09] * 300), _case([0.11] * 300), "0.09"),
+    "half-known-data": (_case([0.11] * 300), _case([0.31] * 300), "0.11"),
     "known-data": (_case([0.95] * 300), _case([0.89] * 300), "0.95"),
     "p-bar-tells": (_case(right=BY_HALVES), _case(right=IN_TURN), "100%"),
     "p-bar-misleads": (_case(right=1 - BY_HALVES), _case(right=IN_TURN), "0%"),

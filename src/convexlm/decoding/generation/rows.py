@@ -59,7 +59,7 @@ def why_not(model: Any) -> str:
 
 
 def cache_option(model: Any) -> str:
-    """What a model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before; else empty."""
+    """What a model's forward calls its cache (`past_key_values` before transformers 5.24); empty if it takes none."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in known), "")
 
