@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from convexlm.decoding import Search
+from convexlm.decoding.backends import hf
 from convexlm.decoding.backends.hf import HuggingFaceBackend
 from convexlm.decoding.generation import loops_differ, others_show, padding_shows, why_not
 from convexlm.errors import UserError
@@ -95,15 +96,18 @@ def test_prompts_go_together_where_neither_padding_nor_others_show(
     assert [found.log_prob for found in together] == pytest.approx([found.log_prob for found in alone], abs=1e-3)
 
 
-def test_prompts_on_both_sides_of_a_longrope_do_not_go_together(tmp_path: Path):
+def test_prompts_on_both_sides_of_a_longrope_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture):
     """The longest text of a batch says which angles all have; no short trial shows it."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     wild("phi3", vocab_size=420, rope_parameters=rope, original_max_position_embeddings=16).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     backend = HuggingFaceBackend()
+    hf._say_slow.cache_clear()
     backend.load(tmp_path, "cpu", "float32")
     assert backend.why_generate
+    said = "phi3: decoded by transformers' `generate`, which is slower than our loops, for it prepares the inputs"
+    assert said in capsys.readouterr().err
     prompts = [list(range(5, 5 + length)) for length in (4, 30, 6, 14)]
     for search in (Search(max_new_tokens=6), Search(max_new_tokens=6, num_beams=2)):
         together = backend.generate(prompts, search)

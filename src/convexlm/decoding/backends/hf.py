@@ -69,8 +69,8 @@ class HuggingFaceBackend(Backend):
         shows = bool(self.why_generate) and padding_shows(self.model, special, self.pad_id)
         self.one_length = shows or self.by_length
         self.one_prompt = shows and others_show(self.model, special, self.pad_id)
-        if self.one_prompt:
-            _say_alone(self.model.config.model_type)
+        if self.why_generate:
+            _say_slow(self.model.config.model_type, self.why_generate, self.one_prompt)
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
         """Compute the keys and values of the prompts' shared head."""
@@ -240,11 +240,14 @@ class HuggingFaceBackend(Backend):
 
 
 @cache
-def _say_alone(kind: str) -> None:
-    """Tell, once, why decoding with a model is slow."""
+@cache
+def _say_slow(kind: str, why: str, alone: bool) -> None:
+    """Tell, once a process, why decoding with a model is slower than it might be."""
     from convexlm.progress import note  # it loads transformers, which a mistake need not wait for
 
-    note(f"  {kind}: other prompts in a batch change what is found for one, so prompts are decoded one at a time")
+    note(f"  {kind}: decoded by transformers' `generate`, which is slower than our loops, for {why}")
+    if alone:
+        note(f"  {kind}: other prompts in a batch change what is found for one, so prompts are decoded one at a time")
 
 
 def _sum_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> float:
