@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from convexlm.checkpoints import SAVING_FILE
+from convexlm.checkpoints import COMPLETE_FILE, SAVING_FILE
 from trainer_helpers import assert_same_weights, make, trained
 from training_helpers import rows
 
@@ -32,6 +32,19 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, whole, capl
     assert again._initial_global_step == 2
     assert caplog.text.count("is passed over: it was not written to the end") == 2
     assert_same_weights(again, whole, rtol=0, atol=0)
+
+
+def test_a_checkpoint_killed_between_its_marker_and_the_end_of_saving_is_gone_on_from(tmp_path, whole):
+    """Its marker is written last of all, so everything is there; `convexlm train --resume` chooses it by that."""
+    folder = tmp_path / "run"
+    for name in (COMPLETE_FILE, SAVING_FILE):
+        (folder / "checkpoint-4" / name).touch()
+    for given in (True, str(folder / "checkpoint-4")):
+        again = make(folder, rows(10), **SAVED)
+        shutil.rmtree(folder / "checkpoint-6", ignore_errors=True)
+        again.train(resume_from_checkpoint=given)
+        assert again._initial_global_step == 4
+        assert_same_weights(again, whole, rtol=0, atol=0)
 
 
 def test_where_nothing_is_left_to_resume_from_that_is_said(tmp_path, whole):
