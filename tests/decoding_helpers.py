@@ -53,7 +53,7 @@ def make_tokenizer(pad: bool = True) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512) -> Path:
+def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512, heads: int = 4) -> Path:
     """A two-layer Llama that has learned to answer with some of the source's words and then EOS."""
     import random
 
@@ -70,7 +70,7 @@ def make_checkpoint(folder: Path, *, steps: int = 120, max_positions: int = 512)
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         max_position_embeddings=max_positions,
         bos_token_id=1,
         eos_token_id=2,

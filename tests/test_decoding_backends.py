@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -277,86 +275,3 @@ def test_the_command_line_tells_of_the_choice(
         more = ["--early_stopping", "true", "--compute_type", "int8"]
         assert main([*argv, "--output_file", str(tmp_path / "int8.jsonl"), *more]) == 0
         assert capsys.readouterr().err.startswith("backend ctranslate2: only it has a compute_type")
-
-
-# vllm
-
-
-class FakeLLM:
-    """vLLM's engine as far as the backend uses it; answers with the prompt's last token, then EOS."""
-
-    made: list[dict[str, Any]] = []
-    asked: list[Any] = []
-
-    def __init__(self, **options: Any) -> None:
-        FakeLLM.made.append(options)
-
-    def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> list[Any]:
-        FakeLLM.asked.append(params)
-        outputs = []
-        each = params if isinstance(params, list) else [params] * len(prompts)
-        for prompt, own in zip(prompts, each, strict=True):
-            tokens = [prompt["prompt_token_ids"][-1], 2][: own.max_tokens]
-            completion = types.SimpleNamespace(token_ids=tuple(tokens), cumulative_logprob=-0.5 * len(tokens))
-            outputs.append(types.SimpleNamespace(outputs=[completion]))
-        return outputs
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
-    module = types.ModuleType("vllm")
-    module.LLM = FakeLLM
-    module.SamplingParams = lambda **options: types.SimpleNamespace(**options)
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("convexlm.decoding.prepare.choose_device", lambda device: device)
-    FakeLLM.made, FakeLLM.asked = [], []
-    return FakeLLM
-
-
-def test_vllm_is_asked_for_greedy_search(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
-    job = make_job(tmp_path / "out.jsonl", max_new_tokens=5, min_new_tokens=1)
-    decode_jobs(checkpoint, [job], backend="vllm", device="cuda", dtype="bfloat16")
-    (made,), params = vllm.made, vllm.asked[0]
-    assert (made["model"], made["dtype"], made["generation_config"]) == (str(checkpoint), "bfloat16", "vllm")
-    assert (params.temperature, params.max_tokens, params.min_tokens, params.stop_token_ids) == (0.0, 5, 1, [2])
-    rows = read(job.output_file)
-    assert [row["id"] for row in rows] == [str(number) for number in range(len(SOURCES))]
-    assert {(row["tokens"], row["finished"], row["log_prob"]) for row in rows} == {(2, True, -1.0)}
-    cut = make_job(tmp_path / "cut.jsonl", max_new_tokens=1)
-    assert decode_jobs(checkpoint, [cut], backend="vllm", device="cuda")[0].cut == len(SOURCES)
-
-
-def test_vllm_is_asked_for_samples_with_a_seed_each(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5}
-    for name, more in (("one", {}), ("three", {"num_return_sequences": 3, "top_k": 4}), ("other", {"seed": 1})):
-        job = make_job(tmp_path / f"{name}.jsonl", **options, **more)
-        decode_jobs(checkpoint, [job], backend="vllm", device="cuda", dtype="bfloat16")
-    one, three, other = vllm.asked
-    assert {(params.temperature, params.top_p, params.top_k) for params in one} == {(0.7, 0.9, -1)}
-    assert {params.top_k for params in three} == {4}
-    seeds = [[params.seed for params in asked] for asked in (one, three, other)]
-    assert seeds[1][::3] == seeds[0], "the first sample is the same, however many are asked for"
-    assert len({*seeds[1], *seeds[2]}) == 4 * len(SOURCES)
-    assert all(0 <= seed < 2**63 for seed in seeds[1])
-    assert all(len(row["samples"]) == 3 for row in read(tmp_path / "three.jsonl"))
-
-
-def test_what_vllm_would_do_otherwise_is_refused(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
-    out = tmp_path / "out.jsonl"
-    for options, device, message in (
-        ({"num_beams": 4}, "cuda", "divides scores by the length"),
-        ({"no_repeat_ngram_size": 12}, "cuda", "no_repeat_ngram_size"),
-        ({"do_sample": True, "temperature": 0.001}, "cuda", "raises a temperature of 0.001 to 0.01"),
-        ({}, "cpu", "needs a GPU"),
-    ):
-        with pytest.raises(UserError, match=message):
-            decode_jobs(checkpoint, [make_job(out, **options)], backend="vllm", device=device)
-    adapter = tmp_path / "adapter"
-    shutil.copytree(checkpoint, adapter)
-    (adapter / "config.json").rename(adapter / "adapter_config.json")
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
-    config = {"base_model_name_or_path": str(checkpoint)}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="takes no adapter"):
-        decode_jobs(adapter, [make_job(out)], backend="vllm", device="cuda", dtype="float32")
-    assert vllm.made == []

@@ -239,7 +239,10 @@ def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
     if device not in (None, "auto"):
         _check_device(str(device), here=here)
     if here and not automatic:
-        backend.check_installed()
+        import torch
+
+        first = "cuda" if torch.cuda.is_available() else "cpu"
+        backend.check_installed(first if device in (None, "auto") else str(device))
 
 
 def _check_device(name: str, *, here: bool) -> None:

@@ -82,7 +82,7 @@ def prepare(
         if bits and note is not None and ("bits", bits) not in told:
             note(f"adapters trained on {bits}-bit base weights are decoded on the base model's own, unquantized")
         told.add(("bits", bits))
-        _check_jobs(entry.jobs, get_backend(engine.backend)(), outputs)
+        _check_jobs(entry.jobs, get_backend(engine.backend)(), device, outputs)
         chosen.append((engine, facts))
     with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
         digests = list(threads.map(checkpoint_sha256, [entry.checkpoint for entry in entries]))
@@ -156,10 +156,10 @@ def _check_compute_type(compute_type: str | None, dtype: str | None, engine: Bac
         raise UserError("give a dtype or a compute_type, not both")
 
 
-def _check_jobs(jobs: Sequence[DecodeJob], engine: Backend, outputs: dict[Path, DecodeJob]) -> None:
+def _check_jobs(jobs: Sequence[DecodeJob], engine: Backend, device: str, outputs: dict[Path, DecodeJob]) -> None:
     for job in jobs:
         engine.check(job.search)
-        engine.check_installed()
+        engine.check_installed(device)
         sources, ids = job.test_set.sources, job.test_set.ids
         if not sources:
             raise UserError(f"{job.name}: there is nothing to decode")

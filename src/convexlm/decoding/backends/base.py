@@ -71,11 +71,14 @@ class Backend(ABC):
             UserError: naming the option and a backend that can.
         """
 
-    def check_installed(self) -> None:  # noqa: B027 - most need nothing more
-        """Refuse to begin where an optional library is missing.
+    def check_installed(self, device: str | None = None) -> None:  # noqa: B027 - most need nothing more
+        """Refuse to begin where an optional library is missing, or cannot use the device.
+
+        Args:
+            device: as of `load`; None: not known yet.
 
         Raises:
-            UserError: naming it and how to install it.
+            UserError: naming the library and how to install it.
         """
 
     @abstractmethod

@@ -57,7 +57,7 @@ class CTranslate2Backend(Backend):
         if reason := why_not(search):
             raise UserError(f"the ctranslate2 backend {reason}; or use --backend hf")
 
-    def check_installed(self) -> None:
+    def check_installed(self, device: str | None = None) -> None:  # noqa: ARG002
         """Refuse a missing installation."""
         try:
             import ctranslate2  # noqa: F401

