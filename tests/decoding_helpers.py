@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,6 +141,24 @@ class EchoBackend(Backend):
 
     def text(self, hypothesis: Hypothesis) -> str:
         return self.texts.get(hypothesis.token_ids[0], f"answer {hypothesis.token_ids}")
+
+
+@register_backend("engine")
+class EngineBackend(EchoBackend):
+    """Starts a process, as vLLM does, whose id is in the checkpoint's folder."""
+
+    starts_processes = True
+    delay: ClassVar[float] = 0.1
+
+    def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
+        self.engine = subprocess.Popen(["sleep", "600"])
+        self.checkpoint = checkpoint
+        (checkpoint / "engine.txt").write_text(f"{self.engine.pid} {os.getpid()}")
+
+    def close(self) -> None:
+        self.engine.terminate()
+        self.engine.wait()
+        (self.checkpoint / "engine.txt").write_text("ended")
 
 
 def fake_checkpoint(folder: Path, weights: bytes = b"weights") -> Path:

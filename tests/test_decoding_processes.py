@@ -72,6 +72,45 @@ def test_any_number_of_processes_gives_the_same_bytes(checkpoint: Path, tmp_path
     assert {report.done for report in reports if report.job.endswith("greedy")} >= {0, len(MANY)}
 
 
+def test_what_a_backend_starts_ends_with_the_job(tmp_path: Path):
+    model = fake_checkpoint(tmp_path / "model")
+    decode_jobs(model, [make_job(tmp_path / "out.jsonl", MANY)], backend="engine", device="cpu")
+    assert len(read(tmp_path / "out.jsonl")) == len(MANY)
+    assert (model / "engine.txt").read_text() == "ended"
+
+
+@pytest.mark.parametrize("whom", ["all", "worker"])
+def test_what_a_backend_starts_ends_with_a_killed_one(tmp_path: Path, whom: str):
+    model = fake_checkpoint(tmp_path / "model")
+    script = (
+        "import pathlib, sys\nfrom decoding_helpers import decode_jobs, make_job\n"
+        "folder = pathlib.Path(sys.argv[1])\njob = make_job(folder / 'out.jsonl', [f'{n}' for n in range(60)])\n"
+        "decode_jobs(folder / 'model', [job], backend='engine', device='cpu', batch_size=1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    part = tmp_path / "out.jsonl.part"
+    while not part.exists() or part.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    engine, worker = map(int, (model / "engine.txt").read_text().split())
+    assert worker != process.pid
+    os.kill(process.pid if whom == "all" else worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert (b"a decoding process died (signal 9)" in error) == (whom == "worker")
+    end = time.monotonic() + 30
+    while is_running(engine) or is_running(worker):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_the_batch_of_a_worker_that_dies_goes_to_another(
     checkpoint: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,6 +6,7 @@ to run this file with it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
@@ -24,6 +25,9 @@ import pytest
 from convexlm.decoding import CheckpointJobs, decode_jobs, decode_sweep
 from convexlm.errors import UserError
 from decoding_helpers import SOURCES, make_checkpoint, make_job, prompt_ids, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 MANY = [*SOURCES, *(" ".join(reversed(source.split())) for source in SOURCES if source)]
@@ -77,6 +81,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr("convexlm.decoding.backends.vllm.built_for", lambda: "cuda")
     monkeypatch.setattr("convexlm.decoding.prepare.choose_device", lambda device: device)
+    monkeypatch.setattr("convexlm.decoding.backends.vllm.VllmBackend.starts_processes", False)
     FakeLLM.made, FakeLLM.asked = [], []
     return FakeLLM
 
@@ -252,42 +257,48 @@ def test_killed_at_any_moment_vllm_leaves_no_process_and_the_next_run_goes_on(ch
     argv += ["--dtype", "float32", "--batch_size", "4", "--device", device()]
     whole = subprocess.run([*argv, "--output_file", str(tmp_path / "whole.jsonl")], stdout=subprocess.PIPE, check=True)
     assert json.loads(whole.stdout)["num_sentences"] == len(MANY), "nothing but JSON on stdout"
+    assert not engines()
     out = tmp_path / "killed.jsonl"
-    for wait in (2.0, None):  # while it loads, and once there is a first batch
+    # While it loads, once there is a first batch, and a worker of it.
+    for moment, whom in (("loading", "all"), ("decoding", "all"), ("decoding", "worker")):
+        known = lines(tmp_path)
         process = subprocess.Popen([*argv, "--output_file", str(out)], stdout=subprocess.DEVNULL)
-        if wait is None:
-            while not (lines := sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("killed.jsonl*"))):
-                time.sleep(0.01)
-            assert lines < len(MANY)
+        if moment == "loading":
+            wait_for(engines)
         else:
-            time.sleep(wait)
-        children = descendants(process.pid)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        end = time.monotonic() + 60
-        while left := [child for child in children if running(child)]:
-            assert time.monotonic() < end, f"processes {left} go on"
-            time.sleep(0.1)
+            wait_for(lambda known=known: lines(tmp_path) > known)
+        (worker,) = children(process.pid)
+        os.kill(process.pid if whom == "all" else worker, signal.SIGKILL)
+        assert process.wait() == (-signal.SIGKILL if whom == "all" else 2)
+        wait_for(lambda: not engines())
     subprocess.run([*argv, "--output_file", str(out)], stdout=subprocess.DEVNULL, check=True)
     told = [[row["hypothesis"] for row in read(path)] for path in (out, tmp_path / "whole.jsonl")]
     assert told[0] == told[1]
 
 
-def descendants(pid: int) -> list[int]:
-    """Process ids of children, and theirs."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
+def wait_for(what: Callable[[], Any]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def lines(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("killed.jsonl*"))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+
+
+def engines() -> list[str]:
+    """Processes of vLLM's on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"VLLM::" in (path / "cmdline").read_bytes() and (path / "stat").read_text().split()[2] != "Z":
+                found.append(path.name)
     return found
-
-
-def running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @needs_vllm
@@ -301,6 +312,4 @@ def test_what_vllm_cannot_load_is_one_line(tmp_path: Path, checkpoint: Path):
     with pytest.raises(UserError, match=r"vllm cannot load it|cannot be read"):
         decode(broken, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
-    left = [pid for pid in descendants(os.getpid()) if running(pid)]
-    # Python's own, of shared memory, ends with this process.
-    assert not [pid for pid in left if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert not engines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import socket
 
     Inbox = queue.Queue[tuple[int, Any]]
+
+
+SECONDS_TO_FINISH = 30
+"""How long a worker may take to end what it has started."""
 
 
 class Link:
@@ -45,6 +50,9 @@ class Link:
         """For people, in brackets."""
         return " (its connection ended)"
 
+    def finish(self) -> None:
+        """Nothing is left for it to do: let the worker put away what it has started, if anything."""
+
     def end(self) -> None:
         """End the worker: it holds nothing that could be left half-done."""
         for stream in (self._writer, self._reader):
@@ -65,18 +73,22 @@ class Child(Link):
         number: its number.
         inbox: see `Link`.
         threads: of its computations on a CPU; 0: as its environment says.
+        takes_along: what it has started ends with it; see `convexlm.decoding.worker`.
     """
 
-    def __init__(self, number: int, inbox: Inbox, threads: int) -> None:
+    def __init__(self, number: int, inbox: Inbox, threads: int, *, takes_along: bool = False) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+        self._takes_along = takes_along
+        us = [str(os.getpid())] if takes_along else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "convexlm.decoding.worker", str(threads)],
+            [sys.executable, "-m", "convexlm.decoding.worker", str(threads), *us],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="ascii",
             env=environment,
+            start_new_session=takes_along,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         super().__init__(number, inbox, self._process.stdout, self._process.stdin)
@@ -90,9 +102,20 @@ class Child(Link):
         """End it at once."""
         self._process.kill()
 
+    def finish(self) -> None:
+        """Let what it has started end by itself, which would else leave shared memory behind."""
+        if self._takes_along:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(SECONDS_TO_FINISH)
+
     def end(self) -> None:
         """End the worker, and wait until it is gone."""
         self._process.kill()
+        if self._takes_along:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         super().end()
 

@@ -32,13 +32,15 @@ class Pool:
     Args:
         num_processes: workers started on this machine; with the device `cuda` they take the GPUs in turn.
         leader: where workers on other machines come in, if any do.
+        takes_along: what a worker has started ends with it.
     """
 
-    def __init__(self, num_processes: int, leader: Leader | None = None) -> None:
+    def __init__(self, num_processes: int, leader: Leader | None = None, *, takes_along: bool = False) -> None:
         self._inbox: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._workers: dict[int, Link] = {}
         self._num_processes = num_processes
         self._leader = leader
+        self._takes_along = takes_along
         # What each worker is at: a batch, or the number of the checkpoint that it loads.
         self._at: dict[int, Batch | int] = {}
 
@@ -51,7 +53,8 @@ class Pool:
             UserError: what a worker refuses; no worker is left; two died at one batch, or while they loaded one model.
         """
         for number in range(self._num_processes):
-            self._workers[number] = Child(number, self._inbox, _threads(self._num_processes))
+            threads = _threads(self._num_processes)
+            self._workers[number] = Child(number, self._inbox, threads, takes_along=self._takes_along)
         if self._leader is not None:
             self._leader.deliver_to(self._inbox)
         deaths: dict[Batch | int, int] = {}
@@ -81,6 +84,8 @@ class Pool:
                 yield Part(batch, message["part"], message["answers"])
                 continue
             self._give(jobs, first=number)
+        for worker in self._workers.values():
+            worker.finish()
 
     def close(self) -> None:
         """End all workers."""

@@ -1,7 +1,10 @@
-"""A decoding process: `python -m convexlm.decoding.worker THREADS`, started by `convexlm.decoding.links`.
+"""A decoding process: `python -m convexlm.decoding.worker THREADS [PARENT]`, started by `convexlm.decoding.links`.
 
 It reads JSON Lines (checkpoints to open and batches of their jobs) and writes JSON Lines. It holds no file and no
 lock: whenever it dies, what it had not yet told is all that is lost.
+
+With the id of its parent it leads a process group, which holds whatever it starts (an engine that has most of a GPU's
+memory), and which it kills once the parent is gone.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import astuple, replace
 from typing import IO, TYPE_CHECKING
 
@@ -59,11 +64,21 @@ def serve(reader: Iterable[str], writer: IO[str], local_rank: int | None = None)
     return 0
 
 
+def _end_with(parent: int) -> None:
+    """Kill our process group once the parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
 def main() -> int:
     """Serve until stdin ends."""
     # An interrupt reaches the whole process group; the parent ends us by closing our stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if len(sys.argv) > 2:
+        threading.Thread(target=_end_with, args=[int(sys.argv[2])], daemon=True).start()
+    else:  # else a lost pipe would end us before the others
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # Whatever libraries print goes to stderr, so that our lines are alone on the pipe.
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
@@ -71,7 +86,10 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(threads)
-    return serve(sys.stdin, out)
+    try:
+        return serve(sys.stdin, out)
+    except BrokenPipeError:
+        return 1
 
 
 if __name__ == "__main__":

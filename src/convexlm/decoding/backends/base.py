@@ -54,6 +54,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str] = ""
+    starts_processes: ClassVar[bool] = False
+    """It has processes of its own, which outlive a killed one: it always runs in a worker, which takes them along."""
     compute_types: ClassVar[tuple[str, ...]] = ()
     """What `--compute_type` may say, in place of a dtype; nothing for most."""
     tokenizer: Any = None

@@ -63,6 +63,7 @@ class VllmBackend(Backend):
     the draws are vLLM's own, not those of the `hf` backend.
     """
 
+    starts_processes = True
     model: Any = None
 
     def check(self, search: Search) -> None:
