@@ -341,7 +341,7 @@ def test_the_hash_covers_what_changes_answers_only(tmp_path: Path):
 
 def test_unknown_names_are_refused(tmp_path: Path):
     job = make_job(tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: ctranslate2, echo, hf, .*vllm"):
+    with pytest.raises(UserError, match="unknown decoding backend `nope`; known: ctranslate2, echo, .*hf, .*vllm"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], backend="nope")
     with pytest.raises(UserError, match="unknown dtype `int3`"):
         decode_jobs(fake_checkpoint(tmp_path / "model"), [job], device="cpu", dtype="int3")

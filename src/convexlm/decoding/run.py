@@ -172,7 +172,7 @@ def decode_sweep(
     with contextlib.ExitStack() as stack:
         todo = sweep.lock(stack)
         if todo:
-            takes_along = any(get_backend(load.engine.backend).starts_processes for load, _ in todo)
+            takes_along = any(get_backend(load.engine.backend)().starts_processes for load, _ in todo)
             alone = num_processes == 1 and leader is None and not takes_along
             workers = Alone(get_backend) if alone else Pool(num_processes, leader, takes_along=takes_along)
             stack.callback(workers.close)
