@@ -303,7 +303,7 @@ def engines() -> list[str]:
 
 @needs_vllm
 def test_what_vllm_cannot_load_is_one_line(tmp_path: Path, checkpoint: Path):
-    """A head size that its kernels do not have, or a model type that it does not know."""
+    """Position angles of a kind that it does not know."""
     broken = tmp_path / "checkpoint-1"
     shutil.copytree(checkpoint, broken)
     config = json.loads((broken / "config.json").read_text())

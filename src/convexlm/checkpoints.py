@@ -57,14 +57,14 @@ def checkpoint_to_resume(given: str | Path | bool | None, output_dir: str | Path
         return None
     if given is True:
         found = all_checkpoints(output_dir)
-        whole = [path for path in found if not _was_left(path)]
+        whole = [path for path in found if not _half_saved(path)]
         if not whole:
             raise ValueError(f"{output_dir}: there is no checkpoint to resume from that was written to the end")
         for path in found[found.index(whole[-1]) + 1 :]:
             logger.warning("%s is passed over: it was not written to the end", path)
         given = whole[-1]
     folder = Path(given)
-    if _was_left(folder):
+    if _half_saved(folder):
         raise ValueError(f"{folder} was not written to the end (the run was stopped while saving); take one before it")
     if folder.is_dir() and not any(any(folder.glob(states)) for states in ("optimizer*", "global_step*")):
         raise ValueError(
@@ -74,7 +74,7 @@ def checkpoint_to_resume(given: str | Path | bool | None, output_dir: str | Path
     return str(given)
 
 
-def _was_left(checkpoint: Path) -> bool:
+def _half_saved(checkpoint: Path) -> bool:
     """Whether saving was stopped before its end. Where the marker stands already, all that came before it does too."""
     return (checkpoint / SAVING_FILE).exists() and not (checkpoint / COMPLETE_FILE).exists()
 

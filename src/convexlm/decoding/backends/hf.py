@@ -240,7 +240,6 @@ class HuggingFaceBackend(Backend):
 
 
 @cache
-@cache
 def _say_slow(kind: str, why: str, alone: bool) -> None:
     """Tell, once a process, why decoding with a model is slower than it might be."""
     from convexlm.progress import note  # it loads transformers, which a mistake need not wait for

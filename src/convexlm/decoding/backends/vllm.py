@@ -113,11 +113,11 @@ class VllmBackend(Backend):
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary = config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
-        from vllm import LLM  # type: ignore[import-not-found]
 
-        self.model = or_refuse(
-            f"{checkpoint}: vllm cannot load it (what it said is above)",
-            lambda: LLM(
+        def start() -> Any:
+            from vllm import LLM  # type: ignore[import-not-found]
+
+            return LLM(
                 model=str(checkpoint),
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -129,8 +129,9 @@ class VllmBackend(Backend):
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 **(self._on_cpu(config, dtype) if kind == "cpu" else {}),
-            ),
-        )
+            )
+
+        self.model = or_refuse(f"{checkpoint}: vllm cannot load it (what it said is above)", start)
 
     def _on_cpu(self, config: Any, dtype: str) -> dict[str, Any]:
         """Options on a CPU: keys and values of our usual budget, where vLLM takes most of the memory; no compiling."""
