@@ -9,9 +9,10 @@ before it has a model (`base`), and the peak since training began is read at the
 is compared is the growth, peak - base, with `estimate_memory(...).peak`; and the peak itself with `.total`, which adds
 what the framework takes (one constant for all).
 
-A process's resident set also holds what the C library keeps of freed memory. Each case therefore runs in two ways,
-turn by turn: `returning` is `--return_freed_memory true` on a CPU (`convexlm.allocator`: freed tensors go
-back to the system), and `glibc` is glibc as it comes, with its moving threshold.
+A process's resident set also holds what the allocator keeps of freed memory. Each case therefore runs in several
+ways, turn by turn: `glibc` is glibc as it comes, with its moving threshold; `returning` is `--return_freed_memory
+true` on a CPU (`convexlm.allocator`: freed tensors go back to the system); `jemalloc` is jemalloc preloaded, where it
+is installed. Processor time is that of `train()`, for the steps alone.
 
 Cases with `processes` train together over gloo, sharded as `convexlm train --accelerate_config` shards (DeepSpeed
 where it is installed); the figures are those of the process that took most.
@@ -20,10 +21,13 @@ where it is installed); the figures are those of the process that took most.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import ctypes.util
 import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -88,7 +92,7 @@ CASES["two processes, fsdp2, larger"] = {**SHARED, "sharding": "fsdp2", "model":
 CASES["two processes, fsdp2, bf16 autocast"] = {**SHARED, "sharding": "fsdp2", "mixed_precision": "bf16"}
 CASES["two processes, fsdp2, lora"] = {**SHARED, "sharding": "fsdp2", "lora": "all-linear"}
 # No variable MALLOC_* may be set for `glibc`: most of them stop its threshold from moving, whatever their value.
-ALLOCATORS = ("returning", "glibc")
+ALLOCATORS = ("returning", "glibc", "jemalloc")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -97,13 +101,17 @@ def main() -> None:
     """Run what was asked for; write the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", help="words; a case runs if its name holds one of them")
-    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, help="by default all that are at hand")
     parser.add_argument("--repeats", type=int, default=2, help="turns over all cases")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="only write the table anew from the JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    jemalloc = ctypes.util.find_library("jemalloc")
+    if jemalloc is None and "jemalloc" in (args.allocators or ()):
+        parser.error("--allocators jemalloc: there is no such library here (Debian: apt install libjemalloc2)")
+    allocators = args.allocators or [name for name in ALLOCATORS if name != "jemalloc" or jemalloc]
     if args.child:
         answer = json.dumps(measure(json.loads(args.child)))
         (args.answers / f"{os.environ.get('RANK', '0')}.json").write_text(answer, encoding="utf-8")
@@ -113,14 +121,23 @@ def main() -> None:
         result = json.loads(target.read_text(encoding="utf-8"))
     else:
         chosen = {n: c for n, c in CASES.items() if not args.cases or any(word in n for word in args.cases)}
-        result = {"about": about(), "rows": rows_of(chosen, args.repeats, args.allocators)}
+        result = {"about": about(), "rows": rows_of(chosen, args.repeats, allocators)}
         if args.cases and target.exists():  # these rows anew, the others as they are
             before = json.loads(target.read_text(encoding="utf-8"))
             fresh = {row["case"]: row for row in result["rows"]}
-            known = {row["case"] for row in before["rows"]}
-            rows = [{**row, **fresh.get(row["case"], {})} for row in before["rows"]]
-            result["rows"] = [*rows, *(row for name, row in fresh.items() if name not in known)]
-            result["about"]["command"] = f"{before['about']['command']}; {result['about']['command']}"
+            there = {row["case"] for row in before["rows"]}
+            # The estimate shown is that of `returning`'s run.
+            kept = {name: {k: v for k, v in row.items() if k != "estimate"} for name, row in fresh.items()}
+            rows = [
+                {**row, **(fresh if "returning" in fresh.get(row["case"], ()) else kept).get(row["case"], {})}
+                for row in before["rows"]
+            ]
+            result["rows"] = [*rows, *(row for name, row in fresh.items() if name not in there)]
+            known = before["about"]
+            result["about"]["command"] = f"{known['command']}; {result['about']['command']}"
+            result["about"]["packages"] = known["packages"] | result["about"]["packages"]
+            if "gpu" in before:
+                result["gpu"] = before["gpu"]
             if "earlier" in before["about"]:
                 result["about"]["earlier"] = before["about"]["earlier"]
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -153,6 +170,7 @@ def rows_of(cases: dict[str, dict[str, Any]], repeats: int, allocators: list[str
                 "peak": peak,
                 "growth_error": estimate["peak"] / growth - 1,
                 "peak_error": estimate["total"] / peak - 1,
+                "seconds": statistics.median(run["seconds"] for run in runs),
             }
         rows.append(row)
     return rows
@@ -160,7 +178,9 @@ def rows_of(cases: dict[str, dict[str, Any]], repeats: int, allocators: list[str
 
 def child(case: dict[str, Any], allocator: str) -> dict[str, Any]:
     """One run in processes of its own: `base` and `peak` in bytes, of the one that took most, and the estimate."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "LD_PRELOAD"))}
+    if allocator == "jemalloc":
+        environment["LD_PRELOAD"] = str(ctypes.util.find_library("jemalloc"))
     command = [sys.executable]
     if processes := case.get("processes"):
         environment |= launch_variables(case)
@@ -219,7 +239,6 @@ def estimate_of(case: dict[str, Any]) -> Any:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train a little, read the resident set before and at its most, and make the estimate."""
-    import ctypes
     import gc
 
     from convexlm.allocator import return_freed_memory
@@ -233,9 +252,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     train(tiny)  # what libraries load lazily is part of the base
     workspace.clear()
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
     base = resident("VmRSS")
-    train(case)
+    seconds = train(case)
     peak = resident("VmHWM")
     if (
         case.get("sharding") == "zero3"
@@ -244,7 +263,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
         unset_hf_deepspeed_config()
     # In this process, for it has decided by its own timing whether the head's products are in half precision.
-    return {"base": base, "peak": peak, "estimate": estimate_of(case).as_dict()}
+    return {"base": base, "peak": peak, "seconds": seconds, "estimate": estimate_of(case).as_dict()}
+
+
+def give_back() -> None:
+    """Let the allocator return what it holds free, as far as it can."""
+    loaded = ctypes.CDLL(None)
+    if hasattr(loaded, "mallctl"):
+        loaded.mallctl(b"arena.4096.purge", None, None, None, 0)  # 4096: MALLCTL_ARENAS_ALL
+    else:
+        loaded.malloc_trim(0)
 
 
 def resident(field: str) -> int:
@@ -253,8 +281,8 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def train(case: dict[str, Any]) -> None:
-    """Three optimizer steps; the peak is reset when the loop begins."""
+def train(case: dict[str, Any]) -> float:
+    """Three optimizer steps, and their processor time in seconds; the peak is reset when the loop begins."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -306,7 +334,10 @@ def train(case: dict[str, Any]) -> None:
         )
         del model
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        before = resource.getrusage(resource.RUSAGE_SELF)
         trainer.train()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def quantized(model: Any, case: dict[str, Any], how: dict[str, Any]) -> Any:
@@ -368,8 +399,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Growth is the peak of the resident set in training, less the resident set before there was a model. "
         "`returning` is glibc as `--return_freed_memory true` sets it on a CPU (blocks of 1 MiB and more go back to "
-        "the system when freed; `convexlm.allocator`), `glibc` is glibc as it comes, the default, which keeps some of "
-        "what was freed. Errors are (estimate - measured) / measured. `whole process` is `returning`'s, framework "
+        "the system when freed; `convexlm.allocator`), `jemalloc` is jemalloc preloaded, `glibc` is glibc as it "
+        "comes, the default, which keeps some of what was freed. Errors are (estimate - measured) / measured. `whole "
+        "process` is `returning`'s, framework "
         "included. On a CPU the head decides by timing, once a process, whether half-precision products pay; the "
         "estimate is "
         "made in that process, "
@@ -380,12 +412,16 @@ def table(result: dict[str, Any]) -> str:
         "ZeRO in 16 bits, which transformers has on a GPU only: not measured.",
         "",
         *gpu_lines(result.get("gpu")),
-        "| case | parameters | trained | estimate MB | returning MB | error | whole process | glibc MB | error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| case | parameters | trained | estimate MB | returning MB | error | whole process | jemalloc MB | error "
+        "| glibc MB | error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        estimate, tight, loose = row["estimate"], row["returning"], row.get("glibc")
-        kept = f"{loose['growth'] / 1e6:.0f} | {loose['growth_error']:+.1%}" if loose else "not measured |"
+        estimate, tight = row["estimate"], row["returning"]
+        kept = " | ".join(
+            f"{row[name]['growth'] / 1e6:.0f} | {row[name]['growth_error']:+.1%}" if name in row else "not measured |"
+            for name in ("jemalloc", "glibc")
+        )
         lines.append(
             f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
             f"| {estimate['peak'] / 1e6:.0f} | {tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} "
@@ -395,7 +431,13 @@ def table(result: dict[str, Any]) -> str:
     if "earlier" in facts:
         lines += ["", f"\\* {facts['earlier']}"]
     lines.append("")
-    for name, key in (("returning", "growth_error"), ("returning", "peak_error"), ("glibc", "growth_error")):
+    for name, key in (
+        ("returning", "growth_error"),
+        ("returning", "peak_error"),
+        ("jemalloc", "growth_error"),
+        ("jemalloc", "peak_error"),
+        ("glibc", "growth_error"),
+    ):
         if not (errors := [abs(row[name][key]) for row in result["rows"] if name in row]):
             continue
         what = "the growth" if key == "growth_error" else "the whole process"
@@ -404,6 +446,15 @@ def table(result: dict[str, Any]) -> str:
             f"- {name}, {what}: {inside} of {len(errors)} cases within 15 %; largest error {max(errors):.1%}, "
             f"median {statistics.median(errors):.1%}."
         )
+    for name in ("returning", "jemalloc"):
+        timed = [row for row in result["rows"] if all("seconds" in row.get(which, ()) for which in (name, "glibc"))]
+        if timed:
+            ratios = [row[name]["seconds"] / row["glibc"]["seconds"] for row in timed]
+            middle, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
+            lines.append(
+                f"- {name}, processor time of the steps, x glibc's in the same run: median {middle:.2f} ({spread}), "
+                f"{len(timed)} cases."
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import subprocess
@@ -62,3 +63,20 @@ def test_what_the_user_has_chosen_stands(name, monkeypatch):
     assert not return_freed_memory("cpu")
     monkeypatch.delenv(name)
     assert not return_freed_memory("cuda")
+
+
+def test_jemalloc_counts_where_it_is_loaded(tmp_path):
+    library = ctypes.util.find_library("jemalloc")
+    code = "from convexlm.allocator import jemalloc_is_preloaded as there; print(there())"
+
+    def answer(preload):
+        environment = {**os.environ, "LD_PRELOAD": preload}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    # What the loader cannot find it passes over with a warning: glibc allocates still.
+    assert answer(str(tmp_path / "libjemalloc.so.2")) == "False"
+    assert answer("") == "False"
+    if library:
+        assert answer(library) == "True"

@@ -258,6 +258,30 @@ def test_a_plan_says_memory_tokens_and_disk(shared_data: Path, tmp_path: Path) -
     assert json.loads(json.dumps(plan)) == plan
 
 
+@pytest.mark.parametrize(
+    ("train", "jemalloc", "told"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"return_freed_memory": True}, False, False),
+    ],
+)
+def test_a_plan_on_a_cpu_says_whether_freed_memory_is_kept(
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    train: dict[str, Any],
+    *,
+    jemalloc: bool,
+    told: bool,
+) -> None:
+    monkeypatch.setattr("convexlm.plan_training.jemalloc_is_preloaded", lambda: jemalloc)
+    plan = make_plan(with_records(tmp_path, 4, use_cpu=True, **train), tmp_path / "run")
+    show_plan(plan, Console(width=200))
+    assert ("10 to 80 % more" in capsys.readouterr().out) == told
+
+
 def test_the_reference_recipe_has_its_memory_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "llama-7b-mle.yaml")
     plan = make_plan(recipe, "runs/x")

@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--noise", default="exchanged", choices=[*KINDS, OFF_TOPIC])
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--other_text", type=Path, nargs="+", default=[], help="for `off_topic`, as of make_data.py")
+    parser.add_argument("--data_seed", type=int, default=1, help="draws which records are wrong, and joins")
     parser.add_argument("--max_records", type=int, help="training records, as of make_data.py")
     parser.add_argument("--join", type=int, default=1, help="pairs in a record at most, as of make_data.py")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to try")
@@ -154,13 +155,15 @@ def main() -> None:
     name = args.name or f"multi30k-{args.pair}-" + (
         f"{args.noise}-{round(100 * args.share)}" if args.share else "clean"
     )
+    if not args.name and args.data_seed != 1:
+        name += f"-draw{args.data_seed}"
     folder = args.work_dir.resolve() / name
     data, log = folder / "data", folder / "log.txt"
     if args.data_dir and not data.exists():
         folder.mkdir(parents=True, exist_ok=True)
         data.symlink_to(args.data_dir.resolve())
     if not (data / "data.json").exists():
-        settings = (args.pair, args.noise, args.share, 1, args.vocab_size, args.other_text)
+        settings = (args.pair, args.noise, args.share, args.data_seed, args.vocab_size, args.other_text)
         make(args.multi30k, data, *settings, args.join, args.max_records)
     stages = {"data": 0, "base": 1, "tune": 2, "final": 3}
     variables = {"data_dir": str(data), "pair": args.pair}

@@ -7,6 +7,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from convexlm.allocator import jemalloc_is_preloaded
 from convexlm.errors import UserError
 from convexlm.launch.sharding import sharding_here, sharding_of_file
 from convexlm.memory import gigabytes
@@ -116,6 +117,7 @@ def plan_training(
         "memory": memory,
         "memory_note": why,
         "return_freed_memory": train_config.return_freed_memory,
+        "jemalloc": jemalloc_is_preloaded(),
         "disk": _disk(memory, train_config, checkpoints, saved_steps(train_config, steps, epoch)),
         "options": {key: values[key] for key in SHOWN_OPTIONS if values.get(key) is not None},
         "output_dir": str(values.get("output_dir") or ""),
@@ -293,7 +295,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"tokens   {in_all}{tokens['sampled']} records sampled: {tokens['mean']:.1f} each, longest "
             f"{tokens['longest']}, {tokens['targets']:.0%} are targets"
         )
-    lines += _memory_lines(plan["memory"], plan["memory_note"], returned=plan["return_freed_memory"])
+    returned = plan["return_freed_memory"] or plan["jemalloc"]
+    lines += _memory_lines(plan["memory"], plan["memory_note"], returned=returned)
     saves = f"saves    {describe_steps(plan['checkpoints'])} in {plan['output_dir']}"
     if disk := plan["disk"]:
         saves += f"; {gigabytes(disk['checkpoint'])} each, at most {gigabytes(disk['most'])}"
@@ -329,8 +332,8 @@ def _memory_lines(memory: Mapping[str, Any] | None, why: str | None, *, returned
     ]
     if memory["device"] == "cpu" and not returned:
         lines.append(
-            "         where glibc keeps what is freed, 10 to 80 % more; --return_freed_memory true ends that, but is "
-            "slower"
+            "         where glibc keeps what is freed, 10 to 80 % more; jemalloc preloaded ends that "
+            "(docs/training.md), and --return_freed_memory true, which is slower"
         )
     if memory["host"]:
         lines.append(f"         and {gigabytes(memory['host'])} of the host's memory a process, for what is offloaded")
