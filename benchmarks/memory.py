@@ -417,16 +417,18 @@ def table(result: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        estimate, tight = row["estimate"], row["returning"]
+        estimate, tight = row["estimate"], row.get("returning")
         kept = " | ".join(
             f"{row[name]['growth'] / 1e6:.0f} | {row[name]['growth_error']:+.1%}" if name in row else "not measured |"
             for name in ("jemalloc", "glibc")
         )
+        returned = "not measured | |"
+        if tight:
+            returned = f"{tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} | {tight['growth_error']:+.1%} "
+            returned += f"| {tight['peak_error']:+.1%}"
         lines.append(
             f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
-            f"| {estimate['peak'] / 1e6:.0f} | {tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} "
-            f"| {tight['growth_error']:+.1%} | {tight['peak_error']:+.1%} "
-            f"| {kept} |"
+            f"| {estimate['peak'] / 1e6:.0f} | {returned} | {kept} |"
         )
     if "earlier" in facts:
         lines += ["", f"\\* {facts['earlier']}"]
