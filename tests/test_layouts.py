@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import peft
@@ -9,7 +10,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from convexlm.collator import ConvexCollator, keeps_packed_rows
 from convexlm.record_separation import separates_in_its_source, separates_records
@@ -100,6 +107,23 @@ def test_the_trainer_refuses_such_a_model_in_one_line(tmp_path, layout):
     assert "\n" not in str(caught.value)
     assert all(f"`{name}=False`" in str(caught.value) for name in layout)
     make(tmp_path, rows(8), model=mixing("opt"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("causal_conv1d") is not None, reason="its package is installed")
+@pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True}])
+def test_a_package_that_such_layers_need_is_named(tmp_path, layout):
+    """transformers says so at the first step; reading the model's source would take it for one that keeps apart."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    linear = {f"linear_{name}": 2 if name.startswith("num") else 8 for name in
+              ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}  # fmt: skip
+    config = Qwen3NextConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, shared_expert_intermediate_size=16, pad_token_id=0,
+        layer_types=["linear_attention", "full_attention"], **experts, **linear,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="causal_conv1d.*; or use `") as caught:
+        make(tmp_path, rows(8), model=Qwen3NextForCausalLM(config), **layout)
+    assert "\n" not in str(caught.value)
 
 
 def test_looking_at_a_model_leaves_it_and_random_numbers_as_they_were(tmp_path):

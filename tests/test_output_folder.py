@@ -143,11 +143,12 @@ def test_two_processes_hear_of_it_together(files, tmp_path, monkeypatch):
         ("model-00001-of-00002.safetensors", ""),
     ],
 )
-def test_what_no_training_wrote_is_not_written_over(files, tmp_path, capfd, name, text):
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_what_no_training_wrote_is_not_written_over(files, tmp_path, capfd, name, text, resume):
     run = tmp_path / "run"
     run.mkdir()
     (run / name).write_text(text, encoding="utf-8")
-    assert train(run, **given(files)) == 2
+    assert train(run, *resume, **given(files)) == 2
     assert f"--output_dir {run}: {name} is there and would be written over" in capfd.readouterr().err
     assert {path.name: path.read_text() for path in run.iterdir()} == {name: text}
 
@@ -160,7 +161,9 @@ def test_what_a_training_left_before_its_first_checkpoint_is_no_obstacle(files, 
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # torn by a kill
     assert (run / "README.md").exists()
+    shutil.copytree(run, tmp_path / "again")
     assert train(run, **given(files)) == 0
+    assert train(tmp_path / "again", "--resume", **given(files)) == 0
 
 
 def test_a_folder_below_a_file_is_told_before_the_data_are_read(files, tmp_path, capfd):

@@ -11,6 +11,7 @@ from trl import ModelConfig
 from convexlm.errors import UserError
 from convexlm.pipeline import accumulation_steps, train_options
 from convexlm.plan import checkpoint_steps, make_plan, show_plan, steps_of_epoch
+from convexlm.plan_training import plan_training, show_training_plan
 from convexlm.recipe import Recipe, load_recipe
 from convexlm.runs import RunFolder, trained_runs
 from pipeline_helpers import recipe_with, snapshot, write_recipe
@@ -256,6 +257,28 @@ def test_a_plan_says_memory_tokens_and_disk(shared_data: Path, tmp_path: Path) -
     assert mle["tokens"]["sampled"] <= 400 and mle["tokens"]["mean"] == pytest.approx(mean, rel=0.1)
     assert mle["tokens"]["in_all"] == round(16 * 4 * mle["tokens"]["mean"])
     assert json.loads(json.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("strategy", "line"),
+    [
+        ("no", "saves    nothing (--save_strategy no)"),
+        ("best", "saves    a checkpoint at each evaluation that is the best"),
+    ],
+)
+def test_a_plan_says_what_is_saved(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str, line: str
+) -> None:
+    recipe = with_records(tmp_path, 4, use_cpu=True)
+    run = trained_runs(recipe)[-1]
+    options = {**train_options(recipe, RunFolder(tmp_path / "run"), run), "save_strategy": strategy}
+    show_training_plan(plan_training(options), Console(width=200))
+    assert line in capsys.readouterr().out
+
+
+def test_a_plan_of_no_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 records, packed or not, make no whole batch of 2 on 1 processes"):
+        make_plan(with_records(tmp_path, 1, dataloader_drop_last=True), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,42 @@ def test_predict_takes_what_evaluate_takes(tmp_path):
         assert got.predictions.shape[::2] == (len(given), WORDS)
 
 
+@pytest.mark.parametrize("options", [{"padding_free": True}, {"packing": True, "max_length": 40}, {}])
+def test_predict_gives_the_logits_of_each_record_alone(tmp_path, options):
+    data = rows(11, seed=5)
+    trainer = make(tmp_path, rows(8), per_device_eval_batch_size=4, **options)
+    found = trainer.predict(Dataset.from_list(data))
+    assert len(found.predictions) == 11
+    for row, logits, labels in zip(data, found.predictions, found.label_ids, strict=True):
+        with torch.no_grad():
+            alone = trainer.model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        length = len(row["input_ids"])
+        assert torch.tensor(logits[:length]).allclose(alone, atol=1e-4)
+        assert labels[:length].tolist()[1:] == row["labels"][1:]
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"packing": True, "max_length": 40}])
+def test_dropping_the_last_batch_is_for_training_alone(tmp_path, options):
+    """transformers drops it of evaluations too, which are then of other data, and none where there is one batch."""
+    dropped = make(tmp_path / "a", rows(8), dataloader_drop_last=True, per_device_eval_batch_size=4, **options)
+    whole = make(tmp_path / "b", rows(8), per_device_eval_batch_size=3, **options)
+    for count in (11, 3):
+        data = Dataset.from_list(rows(count, seed=5))
+        got, wanted = dropped.evaluate(data), whole.evaluate(data)
+        for name in ("loss", "nll", "num_target_tokens"):
+            assert got[f"eval_{name}"] == pytest.approx(wanted[f"eval_{name}"], rel=1e-6), name
+        assert len(dropped.predict(data).predictions) == count
+    assert dropped.args.dataloader_drop_last
+    assert (
+        len(
+            make(
+                tmp_path / "c", rows(11), dataloader_drop_last=True, per_device_train_batch_size=4
+            ).get_train_dataloader()
+        )
+        == 2
+    )
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_predict_gives_a_row_a_record_and_cuts_it(tmp_path, mode):
     data = [{"input_ids": [1, 5, 6, 7, 8, 2], "labels": [-100] * 5 + [2]}, *rows(4)]  # of it no target is left

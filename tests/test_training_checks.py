@@ -60,6 +60,8 @@ def here(files, monkeypatch):
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1"),
         ({"pad_to_multiple_of": 0}, "--pad_to_multiple_of must be at least 1"),
+        ({"eval_accumulation_steps": 0}, "--eval_accumulation_steps must be at least 1"),
+        ({"dataloader_prefetch_factor": 0, "dataloader_num_workers": 1}, "--dataloader_prefetch_factor must be at"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must not be negative, it is -1"),
         ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers needs workers"),
         ({"max_steps": 0}, "--max_steps 0 trains nothing"),
@@ -136,6 +138,7 @@ def test_what_can_be_trained_with_is(files, tmp_path, optim, schedule):
         ({"report_to": "wandbb"}, "--report_to wandbb: transformers does not know it; there are azure_ml"),
         ({"use_peft": True, "lora_r": 0}, "--lora_r must be at least 1, not 0"),
         ({"use_peft": True, "lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
+        ({"attn_implementation": "flex_attention"}, "flex_attention: torch has no backward pass of it on a CPU"),
     ],
     ids=str,
 )
@@ -148,6 +151,42 @@ def saved(model, folder):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return {"config_name": None, "tokenizer_name": None, "model_name_or_path": folder}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"lora_target_modules": ["q_proj", "vproj"]},
+            "--lora_target_modules: the model has no module `vproj`; did you",
+        ),
+        (
+            {"lora_target_modules": "q_proj", "lora_modules_to_save": "lmhead"},
+            "no module `lmhead`; did you mean lm_head",
+        ),
+        ({"lora_target_modules": "self_attn.q_proj", "lora_modules_to_save": "xyz"}, "no module `xyz`; it has "),
+    ],
+    ids=str,
+)
+def test_every_module_named_for_an_adapter_is_in_the_model(files, tmp_path, capsys, options, said):
+    """PEFT trains those that it finds, and says nothing of the others."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapter = {"config_name": None, "model_name_or_path": str(tmp_path / "base"), "use_peft": True, "lora_r": 2}
+    assert said in refused(files, tmp_path / "run", capsys, **adapter, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_on_modules_of_the_model_are_trained(files, tmp_path):
+    names = {"lora_target_modules": ["self_attn.q_proj", "v_proj"], "lora_modules_to_save": "lm_head"}
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapter = {"config_name": None, "model_name_or_path": str(tmp_path / "base"), "use_peft": True, "lora_r": 2}
+    assert run(files, tmp_path / "run", **adapter, **names) == 0
+    assert run(files, tmp_path / "all", **adapter, lora_target_modules="all-linear") == 0
+
+
+def test_trl_selective_checkpointing_is_trained(files, tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"selective": true}'}
+    assert run(files, tmp_path / "run", **options) == 0
 
 
 def test_a_tokenizer_larger_than_the_model_is_told_where_the_data_need_it(files, tmp_path, capsys):

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from convexlm.attributes import changed
 from convexlm.checkpoints import (
     PROGRESS_FILE,
     all_checkpoints,
@@ -118,7 +119,7 @@ class DurableCheckpoints:
             # Gathered by DeepSpeed, tied weights are two copies, and both would be written.
             tied = getattr(self.model, "all_tied_weights_keys", None) or {}
             state_dict = {name: x for name, x in state_dict.items() if tied.get(name) not in state_dict}
-        with _changed(self.args, **{**self._true_args, "hub_token": None}):
+        with changed(self.args, **{**self._true_args, "hub_token": None}):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
@@ -153,7 +154,7 @@ class DurableCheckpoints:
         outer = self._true_args
         self._true_args = {**{name: getattr(self.args, name) for name in changes}, **outer}
         try:
-            with _changed(self.args, **changes):
+            with changed(self.args, **changes):
                 yield
         finally:
             self._true_args = outer
@@ -270,15 +271,3 @@ class _Moments(TrainerCallback):
     ) -> None:
         """No more steps; the epoch's own log, evaluation and save follow."""
         self.trainer._epoch_closed = True
-
-
-@contextlib.contextmanager
-def _changed(thing: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(thing, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(thing, name, value)

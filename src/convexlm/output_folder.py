@@ -28,16 +28,16 @@ def refuse_checkpoints(output_dir: Path, resume: bool) -> None:
     """Refuse an output folder that cannot be trained into.
 
     Raises:
-        UserError: it or a folder above it is a file, or without `resume` it holds checkpoints, a model's weights, or a
-            README.md or metrics.jsonl that no training wrote and a new one would write over.
+        UserError: it or a folder above it is a file, or it holds checkpoints and `resume` is not given, or none and a
+            model's weights, or a README.md or metrics.jsonl that no training wrote and a new one would write over.
     """
     for folder in (output_dir, *output_dir.parents):
         if folder.is_file():
             above = "" if folder == output_dir else f" ({folder})"
             raise UserError(f"--output_dir {output_dir}: is a file, not a folder{above}")
-    if resume:
-        return
     if all_checkpoints(output_dir):
+        if resume:
+            return
         raise UserError(f"{output_dir} holds checkpoints already; give --resume to go on, or another --output_dir")
     if foreign := _foreign(output_dir):
         raise UserError(

@@ -78,6 +78,8 @@ def plan_training(
     check_numbers(train_config)
     check_model_options(model_options, options)
     data = data or count_records(options.dataset, options.template, options.max_records)
+    if data.records is not None:
+        check_batches(train_config, data.records, processes)
     epoch = (
         None if data.records is None or train_config.packing else steps_of_epoch(train_config, data.records, processes)
     )
@@ -113,6 +115,7 @@ def plan_training(
         "steps": steps,
         "steps_about": about,
         "tokens": tokens,
+        "save_strategy": str(getattr(train_config.save_strategy, "value", train_config.save_strategy)),
         "checkpoints": checkpoints,
         "memory": memory,
         "memory_note": why,
@@ -146,6 +149,18 @@ def steps_of_epoch(config: ConvexConfig, records: int, processes: int | None = N
     per_batch = config.per_device_train_batch_size * (processes or world_size())
     batches = records // per_batch if config.dataloader_drop_last else math.ceil(records / per_batch)
     return max(1, math.ceil(batches / config.gradient_accumulation_steps))
+
+
+def check_batches(config: ConvexConfig, records: int, processes: int) -> None:
+    """See that so many records make a batch, as `training_checks.check_loader` will of the loader.
+
+    Raises:
+        UserError: they make none.
+    """
+    from convexlm.training_checks import refuse_no_batch
+
+    if config.dataloader_drop_last and not config.packing and records < config.per_device_train_batch_size * processes:
+        refuse_no_batch(records, config.per_device_train_batch_size, processes)
 
 
 def saved_steps(config: ConvexConfig, steps: int | None, epoch: int | None) -> list[int]:
@@ -297,7 +312,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         )
     returned = plan["return_freed_memory"] or plan["jemalloc"]
     lines += _memory_lines(plan["memory"], plan["memory_note"], returned=returned)
-    saves = f"saves    {describe_steps(plan['checkpoints'])} in {plan['output_dir']}"
+    saves = f"saves    {_saves(plan)}"
     if disk := plan["disk"]:
         saves += f"; {gigabytes(disk['checkpoint'])} each, at most {gigabytes(disk['most'])}"
     lines.append(saves)
@@ -338,6 +353,14 @@ def _memory_lines(memory: Mapping[str, Any] | None, why: str | None, *, returned
     if memory["host"]:
         lines.append(f"         and {gigabytes(memory['host'])} of the host's memory a process, for what is offloaded")
     return [*lines, *(f"         {note}" for note in memory["notes"])]
+
+
+def _saves(plan: Mapping[str, Any]) -> str:
+    if plan["save_strategy"] == "no":
+        return "nothing (--save_strategy no)"
+    if plan["save_strategy"] == "best":
+        return f"a checkpoint at each evaluation that is the best so far, in {plan['output_dir']}"
+    return f"{describe_steps(plan['checkpoints'])} in {plan['output_dir']}"
 
 
 def describe_steps(steps: list[int]) -> str:

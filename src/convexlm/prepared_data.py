@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
+from convexlm.attributes import changed
 from convexlm.collator import RECORD, ConvexCollator, check_labels, weight_of
 from convexlm.record_weights import check_record_weights, columns_of
 from convexlm.refusals import refuse_lost_weights, refuse_packed_rows
@@ -123,8 +125,9 @@ class PreparedData:
     ) -> Any:
         """As in the Trainer, of records as `evaluate` takes them, one prediction a row.
 
-        So rows are cut at `max_length` as in training, but neither packed nor left out.
+        So rows are cut at `max_length` as in training, but neither packed, flattened nor left out.
         """
+        collator = self.data_collator
         if not self._skip_prepare_dataset:
             check_record_weights(test_dataset, f"{metric_key_prefix} dataset")
             test_dataset = self._with_labels(
@@ -136,7 +139,10 @@ class PreparedData:
                 test_dataset = test_dataset.map(
                     lambda row: {name: row[name][kept] for name in ("input_ids", "labels")}
                 )
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        if isinstance(collator, ConvexCollator) and collator.padding_free and PACKED not in columns_of(test_dataset):
+            collator = replace(collator, padding_free=False)  # type: ignore[call-arg]
+        with changed(self, data_collator=collator):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -149,14 +155,29 @@ class PreparedData:
         if own and RECORD not in self._signature_columns:
             self._signature_columns.append(RECORD)
 
-    def _get_dataloader(self: Any, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer; `evaluate` and `predict` take datasets that nobody has looked at yet."""
+    def _get_dataloader(
+        self: Any,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in the Trainer; `evaluate` and `predict` take datasets that nobody has looked at yet.
+
+        `dataloader_drop_last` is for training alone: an evaluation without some records would be of other data, the
+        more so the larger its batches.
+        """
         name = f"the {description.lower()} dataset"
         refuse_lost_weights(self.data_collator, {name: dataset})
         refuse_packed_rows(self.data_collator, {name: dataset})
         if dataset is not self.train_dataset:
             self._warn_of_a_stream(dataset, description.lower())
-        return super()._get_dataloader(dataset, description, *args, **kwargs)  # type: ignore[misc]
+        with changed(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
+            return super()._get_dataloader(  # type: ignore[misc]
+                dataset, description, batch_size, sampler_fn, is_training, **kwargs
+            )
 
 
 def _check_all_labels(dataset: Dataset, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convexlm.collator import ATTENTION_LAYERS, ROW
+from convexlm.errors import first_line
 from convexlm.probing import LENGTH, is_whole, two_records, untouched
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def refuse_mixing(trainer: Any, model: Any) -> None:
         try:
             separates = separates_records(model, trainer.data_collator, trainer.accelerator.autocast)
         except Exception as error:  # of a model's own code; training will tell what is wrong with it
+            if isinstance(error, ValueError) and "packed sequences apart" in str(error):
+                # transformers' own word for a layer whose package is missing, which it would say at the first step.
+                raise ValueError(f"{first_line(error)}; or use {_without(trainer.args)}") from None
             logger.warning(
                 "could not run %s on packed records to see that they are kept apart (%s: %s); its source was read",
                 *(type(model).__name__, type(error).__name__, str(error).split("\n")[0]),
@@ -60,11 +64,14 @@ def refuse_mixing(trainer: Any, model: Any) -> None:
             type(model).__name__,
         )
     if not separates:
-        given = [f"`{name}=False`" for name in ("packing", "padding_free") if getattr(trainer.args, name)]
         raise ValueError(
             f"this model's attention ({model.config.model_type}, {_attention(model)}) does not separate packed "
-            f"records: each would see those before it in its row; use {' and '.join(given)}"
+            f"records: each would see those before it in its row; use {_without(trainer.args)}"
         )
+
+
+def _without(args: Any) -> str:
+    return " and ".join(f"`{name}=False`" for name in ("packing", "padding_free") if getattr(args, name))
 
 
 def separates_records(

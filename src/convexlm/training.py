@@ -33,7 +33,7 @@ from convexlm.training_checks import (
     say_if_the_same,
 )
 from convexlm.training_marker import content_of, model_identity, training_marker
-from convexlm.training_model import check_model, model_to_train, peft_config_of, revision_of
+from convexlm.training_model import check_adapter, check_model, model_to_train, peft_config_of, revision_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -150,7 +150,7 @@ def _train_in(
         revision=None if data.tokenizer_name else revision_of(model_options),
     )
     settings = PromptSettings(template=data.template, add_bos=data.add_bos).resolve(tokenizer)
-    check_model(model_options, data)  # before the data, which may take long
+    check_model(model_options, data, args.device.type)  # before the data, which may take long
     sources = (tokenizer_source, model_options.model_name_or_path)
     if data.add_bos is None and not data.config_name and (said := said_of_bos(tokenizer, settings.add_bos, sources)):
         _say(said)
@@ -181,6 +181,7 @@ def _train_in(
             quantization_config=get_quantization_config(model_options),
         )
     )
+    check_adapter(trainer.model, model_options)
     progress = _add_callbacks(trainer, title)
     marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity, model_facts, evaluation)
     trainer.checkpoint_marker = marker

@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
@@ -27,7 +27,7 @@ METRICS = (
 )
 AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    "pad_to_multiple_of",
+    *("pad_to_multiple_of", "eval_accumulation_steps", "dataloader_prefetch_factor"),
 )
 _POSITIONS = re.compile(r"wpe|pos", re.IGNORECASE)
 
@@ -177,7 +177,7 @@ def _checkpointing_names() -> set[str]:
     from torch.utils.checkpoint import checkpoint
 
     names = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
-    return names | {"preserve_rng_state"}
+    return names | {"preserve_rng_state", "selective"}  # the last is TRL's own, which torch does not get
 
 
 # -- the rows and the model together
@@ -281,11 +281,19 @@ def check_loader(loader: Any, records: int | None, args: ConvexConfig) -> None:
         UserError: there is none.
     """
     if records is not None and not len(loader):
-        raise UserError(
-            f"{records} records, packed or not, make no whole batch of {args.per_device_train_batch_size} on "
-            f"{args.world_size} processes, and --dataloader_drop_last drops the rest; leave it out, or take smaller "
-            "batches"
-        )
+        refuse_no_batch(records, args.per_device_train_batch_size, args.world_size)
+
+
+def refuse_no_batch(records: int, batch: int, processes: int) -> NoReturn:
+    """Say that so many records make no batch.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"{records} records, packed or not, make no whole batch of {batch} on {processes} processes, and "
+        "--dataloader_drop_last drops the rest; leave it out, or take smaller batches"
+    )
 
 
 def _longest(dataset: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,21 @@ if TYPE_CHECKING:
     from convexlm.training import DataOptions
 
 
-def check_model(options: ModelConfig, data: DataOptions) -> None:
+def check_model(options: ModelConfig, data: DataOptions, device_type: str | None = None) -> None:
     """See that there is one model to train, and that a local one has weights that are read.
+
+    Args:
+        options: those given.
+        data: the data's, and a new model's config.
+        device_type: where it will be trained; None if that is not known.
 
     Raises:
         UserError: none, two, or one that cannot be trained as asked.
     """
     name = options.model_name_or_path
     check_model_options(options, data)
+    if options.attn_implementation == "flex_attention" and device_type == "cpu":
+        raise UserError("--attn_implementation flex_attention: torch has no backward pass of it on a CPU; use sdpa")
     if data.config_name:
         if name:
             raise UserError("give --model_name_or_path (a trained model) or --config_name (a new one), not both")
@@ -135,6 +143,30 @@ def _new_model(config_name: str, tokenizer: Any, args: ConvexConfig, options: Mo
             return AutoModelForCausalLM.from_config(config, **extra, **code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--config_name {config_name}: {first_line(error)}") from None
+
+
+def check_adapter(model: Any, options: ModelConfig) -> None:
+    """See that every module that is named for an adapter is in the model: PEFT is content with one.
+
+    Args:
+        model: wrapped by PEFT or not.
+        options: those given.
+
+    Raises:
+        UserError: one is not; the nearest names are told.
+    """
+    if not options.use_peft:
+        return
+    names = {name for name, _ in model.get_base_model().named_modules()}
+    last = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
+    for option in ("lora_target_modules", "lora_modules_to_save"):
+        given = getattr(options, option) or []
+        for module in [given] if isinstance(given, str) else given:
+            if module == "all-linear" or any(f".{name}".endswith(f".{module}") for name in names):
+                continue
+            near = difflib.get_close_matches(module, last, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(last)}"
+            raise UserError(f"--{option}: the model has no module `{module}`{hint}")
 
 
 def peft_config_of(options: ModelConfig) -> Any:
