@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from convexlm.decoded import decoding_seconds
 from convexlm.decoding import decode_jobs
 from convexlm.decoding import run as run_module
 from convexlm.errors import UserError
@@ -296,7 +297,7 @@ def test_a_full_disk_loses_nothing(echo: EchoBackend, tmp_path: Path, monkeypatc
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match=r"No space left on device.*4 of 9 sentences are safe"):
             run_echo(tmp_path, batch_size=2)
-    assert len(read(tmp_path / "out.jsonl.part")) == 1 + 4
+    assert sum("hypothesis" in line for line in read(tmp_path / "out.jsonl.part")) == 4
     result = run_echo(tmp_path, batch_size=2)
     assert result.resumed == 4
     assert (tmp_path / "out.jsonl").read_bytes() == whole
@@ -426,3 +427,43 @@ def test_choosing_a_backend_loads_no_torch():
         "assert not {'torch', 'transformers', 'ctranslate2', 'vllm'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# What decoding took
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_seconds_are_of_all_runs(
+    echo: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, earlier_version: bool
+):
+    """A file of which most was decoded before a stop did not cost next to nothing."""
+    monkeypatch.setattr(EchoBackend, "delay", 0.05)
+    answers = iter(range(7))
+
+    def stop(hypothesis: Any) -> str:
+        if next(answers, None) is None:
+            raise KeyboardInterrupt
+        return "answer"
+
+    monkeypatch.setattr(echo, "text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_echo(tmp_path, batch_size=1)
+    monkeypatch.setattr(echo, "text", lambda hypothesis: "answer")
+    part = tmp_path / "out.jsonl.part"
+    if earlier_version:  # which kept none
+        lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+        part.write_text("".join(line for line in lines if '"seconds"' not in line), encoding="utf-8")
+    meta = run_echo(tmp_path, batch_size=1).meta
+    assert meta["resumed"] == 7 and meta["seconds"] < 0.35
+    if earlier_version:
+        assert meta["process_seconds"] is None
+    else:
+        assert meta["process_seconds"] >= 9 * 0.05
+    assert decoding_seconds(meta) == meta["process_seconds"]
+    assert not any("seconds" in line for line in read(tmp_path / "out.jsonl"))
+
+
+def test_seconds_in_files_of_earlier_versions():
+    assert decoding_seconds({"seconds": 2.0, "resumed": 0}) == 2.0
+    assert decoding_seconds({"seconds": 2.0, "resumed": 3}) is None  # of which the first part is not known
+    assert decoding_seconds({}) is None

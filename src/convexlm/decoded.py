@@ -6,13 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from convexlm.same_sentences import sentence_groups
 from convexlm.scoring import Scorer
 from convexlm.segments import read_hypotheses
 from convexlm.significance import Corpus
 from convexlm.sweep import candidate_checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from convexlm.recipe import Recipe
@@ -31,6 +32,7 @@ class Decoded:
     path: Path
     hypotheses: list[str]
     scorer: Scorer  # one for all decode files of a test set: every sentence is counted once
+    group: str  # one for all test sets of the same sentences, which are resampled together
     role: str = "test"  # or "validation"
 
     @property
@@ -67,15 +69,16 @@ def read_decoded(
         searches = [recipe.selection["search"]]
     only_chosen = role == "test" and recipe.selection["on"] == "validation"
     scorers = [Scorer(one.references, one.pair.split("-")[1], recipe.metrics) for one in sets]
+    groups = sentence_groups(sets)
     found = []
     for run, checkpoint in candidate_checkpoints(recipe, folder, runs):
         if only_chosen and checkpoint.name != chosen[run.name]:
             continue
-        for test_set, scorer in zip(sets, scorers, strict=True):
+        for test_set, scorer, group in zip(sets, scorers, groups, strict=True):
             for search in searches:
                 path = folder.decode(run, checkpoint.name, test_set.name, test_set.pair, search)
                 lines = read_hypotheses(path)
-                found.append(Decoded(run, checkpoint.name, test_set, search, path, lines, scorer, role))
+                found.append(Decoded(run, checkpoint.name, test_set, search, path, lines, scorer, group, role))
     return found
 
 
@@ -83,6 +86,17 @@ def read_meta(entry: Decoded) -> dict[str, Any]:
     """The record beside a decode file."""
     meta: dict[str, Any] = json.loads(entry.path.with_suffix(".meta.json").read_text(encoding="utf-8"))
     return meta
+
+
+def decoding_seconds(meta: Mapping[str, Any]) -> float | None:
+    """What decoding a file took, summed over processes and over the runs that a stop parted it into, in seconds.
+
+    Of a file of an earlier version that was gone on with the first part is not known: None.
+    """
+    if "process_seconds" in meta:
+        seconds: float | None = meta["process_seconds"]
+        return seconds
+    return None if meta.get("resumed") else meta.get("seconds")
 
 
 def make_corpus(systems: dict[str, Decoded]) -> Corpus:
@@ -93,6 +107,6 @@ def make_corpus(systems: dict[str, Decoded]) -> Corpus:
         target_lang=entry.target_lang,
         systems={name: decoded.hypotheses for name, decoded in systems.items()},
         references=entry.test_set.references,
-        group=f"{entry.test_set.name} {entry.test_set.pair}",
+        group=entry.group,
         scorer=entry.scorer,
     )

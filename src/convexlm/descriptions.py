@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.scoring import sentence_statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from convexlm.decoded import Decoded
 
@@ -40,7 +40,7 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
         the metrics), `repetition_rate` (share of outputs that `repeats`), `cut_rate` (share that ran into
         `max_new_tokens`), `seconds_per_sentence` (of decoding; the last two None where a decode file does not say).
     """
-    from convexlm.decoded import read_meta
+    from convexlm.decoded import decoding_seconds, read_meta
 
     rows = []
     for search in searches:
@@ -48,7 +48,7 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
             mine = [entry for entry in final if entry.search == search and entry.run.arm == arm]
             count = sum(len(entry.hypotheses) for entry in mine)
             metas = [read_meta(entry) for entry in mine]
-            cuts, seconds = _total(metas, "cut"), _total(metas, "seconds")
+            cuts, seconds = _total(m.get("cut") for m in metas), _total(map(decoding_seconds, metas))
             loops = sum(repeats(line, entry.target_lang) for entry in mine for line in entry.hypotheses)
             rows.append(
                 {
@@ -64,9 +64,13 @@ def describe_outputs(final: Sequence[Decoded], arms: Sequence[str], searches: Se
     return rows
 
 
-def _total(metas: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [meta[key] for meta in metas if meta.get(key) is not None]
-    return sum(values) if len(values) == len(metas) else None
+def _total(values: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
 
 
 def _length_ratio(entries: Sequence[Decoded]) -> float | None:

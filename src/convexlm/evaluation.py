@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from convexlm.comet import imported_rows
-from convexlm.decoded import make_corpus, read_decoded, read_meta
+from convexlm.decoded import decoding_seconds, make_corpus, read_decoded, read_meta
 from convexlm.errors import UserError
 from convexlm.files import (
     file_sha256,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from convexlm.testsets import TestSet
 
 SCHEMA = 1
-CONTENT = 2  # raised when a comparison has more to it, so that older ones are made anew
+CONTENT = 3  # raised when a comparison has more to it, so that older ones are made anew
 MEASURES = {"mode_share": "is_mode", "valid_share": "is_valid"}  # of tinyworld, where the truth is known
 
 
@@ -129,7 +129,8 @@ def _score_rows(decoded: Sequence[Decoded]) -> list[dict[str, Any]]:
             "search": entry.search,
         }
         meta = read_meta(entry)
-        decoding = {key: meta.get(key) for key in ("cut", "seconds", "checkpoint_sha256", "sources_sha256")}
+        decoding = {key: meta.get(key) for key in ("cut", "checkpoint_sha256", "sources_sha256")}
+        decoding["seconds"] = decoding_seconds(meta)
         for score in entry.scorer.score(entry.hypotheses, label=str(entry.path)):
             rows.append(about | score.as_dict() | {"decoding": decoding})
         for measure, values in _truth(entry).items():
@@ -283,7 +284,7 @@ def _measures_of(
             | {"by_seed": _by_seed(seeds, means), "delta": None, "p_value": None, "p_two_sided": None}
             for measure, means in shares.items()
         ]
-    labels = [make_corpus(group).group for group in groups]
+    labels = [next(iter(group.values())).group for group in groups]
     rows = []
     for measure in MEASURES:
         values = [{arm: truth[arm][measure] for arm in arms} for truth in truths]
@@ -350,8 +351,11 @@ def _gaps(
 
 
 def _corpora(final: Sequence[Decoded]) -> list[dict[str, Any]]:
-    seen = {(entry.test_set.name, entry.test_set.pair): len(entry.test_set.sources) for entry in final}
-    return [{"test_set": name, "pair": pair, "num_sentences": count} for (name, pair), count in seen.items()]
+    seen = {(e.test_set.name, e.test_set.pair): (len(e.test_set.sources), e.group) for e in final}
+    return [
+        {"test_set": name, "pair": pair, "num_sentences": count, "group": group}
+        for (name, pair), (count, group) in seen.items()
+    ]
 
 
 def read_scores(folder: RunFolder) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
 from convexlm.options import did_you_mean
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
+from convexlm.same_sentences import check_whole
 from convexlm.scoring import Scorer, said_of_words
 from convexlm.sweep import read_instruction
 from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
@@ -58,11 +59,13 @@ def load_scored_set(spec: dict[str, Any], pair: str) -> TestSet:
 
 
 def check_apart(test_sets: Sequence[TestSet], validation_sets: Sequence[TestSet]) -> None:
-    """See that no validation set is a test set under another name.
+    """See that no validation set is a test set under another name, and no test set a part of another.
 
     Raises:
-        UserError: more than half of a validation set's sentence pairs are those of a test set.
+        UserError: more than half of a validation set's sentence pairs are those of a test set, or as `check_whole`.
     """
+    for sets in (test_sets, validation_sets):
+        check_whole(sets)
     for test in test_sets:
         seen = set(zip(test.sources, test.references[0], strict=True))
         for one in (one for one in validation_sets if one.pair == test.pair):

@@ -81,7 +81,7 @@ class Pool:
             else:
                 batch = self._at[number]
                 assert isinstance(batch, Batch)
-                yield Part(batch, message["part"], message["answers"])
+                yield Part(batch, message["part"], message["answers"], message["seconds"])
                 continue
             self._give(jobs, first=number)
         for worker in self._workers.values():

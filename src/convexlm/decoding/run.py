@@ -296,7 +296,8 @@ class _Sweep:
         one = self.prepared[self.tasks[task.number][0]]
         job, store, seconds = task.job, task.store, task.seconds
         cut = sum(not record["finished"] for record in store.records.values())
-        run = {"cut": cut, "resumed": task.resumed, "seconds": round(seconds, 3)}
+        run: dict[str, Any] = {"cut": cut, "resumed": task.resumed, "seconds": round(seconds, 3)}
+        run["process_seconds"] = None if store.seconds is None else round(store.seconds, 3)
         facts = {**one.facts, "versions": _versions(one.engine.backend), **self.facts}
         meta = store.finish({"search_name": job.search.name, **facts, **run})
         store.close()

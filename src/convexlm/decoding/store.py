@@ -40,6 +40,7 @@ class DecodeStore:
     Attributes:
         records: what is done, by id.
         put_off: ids of the sentences that each round put off to the next one, done since or not.
+        seconds: of decoding what is done, summed over processes and over runs; None if an earlier version did some.
     """
 
     def __init__(self, output_file: Path, identity: dict[str, Any], ids: Sequence[str]) -> None:
@@ -50,6 +51,7 @@ class DecodeStore:
         self.ids = list(ids)
         self.records: dict[str, dict[str, Any]] = {}
         self.put_off: dict[int, set[str]] = {}
+        self.seconds: float | None = 0.0
         self.part_file = output_file.with_name(output_file.name + ".part")
         self.meta_file = meta_path(output_file)
         self._handle = -1
@@ -123,8 +125,16 @@ class DecodeStore:
             os.close(self._handle)
             self._handle = -1
 
-    def append(self, records: Iterable[dict[str, Any]], put_off: Iterable[str] = (), round: int = 0) -> None:
+    def append(
+        self, records: Iterable[dict[str, Any]], put_off: Iterable[str] = (), round: int = 0, seconds: float = 0.0
+    ) -> None:
         """Add finished sentences, and ids of those that `round` puts off, and wait until they are on the disk.
+
+        Args:
+            records: the sentences.
+            put_off: the ids.
+            round: whose.
+            seconds: what both took.
 
         Raises:
             UserError: the disk is full or fails; what was added before is safe.
@@ -133,7 +143,11 @@ class DecodeStore:
         later = sorted(set(put_off) - self.put_off.get(round, set()))
         notes = [{"put_off": later, "round": round}] if later else []
         if new or notes:
-            self._write("".join(map(to_json_line, [*new.values(), *notes])))
+            # Before what they were spent on, of which a kill may tear off the end.
+            spent = [{"seconds": seconds}] if seconds else []
+            self._write("".join(map(to_json_line, [*spent, *new.values(), *notes])))
+            if self.seconds is not None:
+                self.seconds += seconds
         self.records.update(new)
         self.put_off.setdefault(round, set()).update(later)
 
@@ -190,7 +204,7 @@ class DecodeStore:
     def _read_back(self) -> None:
         raw = self.part_file.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]  # a torn last line is cut
-        self.records, self.put_off = {}, {}
+        self.records, self.put_off, self.seconds = {}, {}, 0.0
         if not whole:
             if raw.strip(b"\0") and not raw.startswith(_HEADER[: len(raw)]):
                 raise UserError(f"{self.part_file}: not a part of a decode file; remove it to start again")
@@ -205,14 +219,20 @@ class DecodeStore:
         self._refuse_other(self.part_file, identity)
         self._ours = True
         known = set(self.ids)
+        spent, untimed = [], False  # seconds stand before what they were spent on
         for number, line in enumerate(lines, start=2):
             record = self._parse(line, number)
             if known.issuperset(later := record.get("put_off", ())) and later:
                 self.put_off.setdefault(record.get("round", 0), set()).update(later)
                 continue
+            if record.keys() == {"seconds"}:
+                spent.append(float(record["seconds"]))
+                continue
             if record.get("id") not in known or "hypothesis" not in record:
                 raise UserError(f"{self.part_file}, line {number}: not a sentence of this job; remove the file")
             self.records.setdefault(record["id"], record)
+            untimed = untimed or not spent
+        self.seconds = None if untimed else sum(spent)
         os.ftruncate(self._handle, len(whole))
         os.lseek(self._handle, 0, os.SEEK_END)
 

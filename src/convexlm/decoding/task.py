@@ -115,7 +115,7 @@ class Task:
         ids, pairs = self.job.test_set.ids, list(zip(part.positions, part.answers, strict=True))
         fresh = [(place, answer) for place, answer in pairs if answer and ids[place] not in self.store.records]
         put_off = [ids[place] for place, answer in pairs if answer is None]
-        self.store.append([self._record(*pair) for pair in fresh], put_off, part.batch.round)
+        self.store.append([self._record(*pair) for pair in fresh], put_off, part.batch.round, part.seconds)
         # All samples were generated one by one; of an n-best list only the best counts, as without one.
         self.tokens += sum(one["tokens"] for _, answer in fresh for one in answer.get("samples", [answer]))
 

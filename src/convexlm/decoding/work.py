@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,13 @@ class Part:
         batch: the batch.
         positions: which of its sentences.
         answers: an answer each; None for those that are put off to a batch of their like.
+        seconds: how long the process was at them.
     """
 
     batch: Batch
     positions: Sequence[int]
     answers: Sequence[Answer | None]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,11 @@ class Worker:
             return backend.generate(chosen, search) if batch.patient else backend.generate_most(chosen, search)
 
         splitter = self._splitters.setdefault(number, Splitter())
+        begun = time.perf_counter()
         for part, found in splitter.run(batch.positions, generate):
             answers = [None if hypothesis is None else _answer(hypothesis, backend, search) for hypothesis in found]
-            yield Part(batch, part, answers)
+            yield Part(batch, part, answers, time.perf_counter() - begun)
+            begun = time.perf_counter()
 
     def close(self) -> None:
         """Free the model."""

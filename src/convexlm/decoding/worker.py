@@ -54,7 +54,7 @@ def serve(reader: Iterable[str], writer: IO[str], local_rank: int | None = None)
                 continue
             job, positions, number, patient = message["batch"]
             for part in worker.decode(Batch(job, tuple(positions), number, patient)):
-                tell(part=list(part.positions), answers=list(part.answers))
+                tell(part=list(part.positions), answers=list(part.answers), seconds=part.seconds)
             tell(idle=True)
     except UserError as error:
         tell(refused=str(error))

@@ -106,7 +106,9 @@ def _comet_test(run: RunData, arms: dict[str, dict[tuple[str, str, int], dict[st
             return []  # imported by an older version, which kept the means only
         values.append({arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in files.items()})
     settings = {key: run.comparison["resampling"][key] for key in ("n_samples", "seed")}
-    groups = [f"{test_set} {pair}" for test_set, pair, _ in corpora]
+    # Of test sets that hold the same sentences; an older comparison does not say it.
+    groups_of = {(row["test_set"], row["pair"]): row.get("group") for row in run.comparison["corpora"]}
+    groups = [groups_of.get((test_set, pair)) or f"{test_set} {pair}" for test_set, pair, _ in corpora]
     return mean_difference_test(values, baseline, groups=groups, **settings)
 
 
