@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convexlm import cli
-from convexlm.files import file_sha256, read_jsonl, text_sha256
+from convexlm.comet import import_comet, segments_file
+from convexlm.errors import UserError
+from convexlm.files import file_sha256, read_jsonl, text_sha256, write_jsonl
+from convexlm.runs import RunFolder
 from test_evaluation import Run
 
 if TYPE_CHECKING:
@@ -149,3 +152,73 @@ def test_a_blank_reference_is_none_as_in_the_scores(tmp_path: Path) -> None:
     words = ["score", "--hypotheses", files["h"], "--references", files["r1"], files["r2"], "--target_lang", "de"]
     assert cli.main([*words, "--sources", files["h"], "--export_comet", str(tmp_path / "x.jsonl")]) == 0
     assert (tmp_path / "x.ref").read_text() == "y\nx\n\n"
+
+
+# -- two sets of references for the same sentences
+
+
+@pytest.fixture
+def twofold(tmp_path: Path) -> RunFolder:
+    """Outputs of one arm for the test sets `a` and `b`, which differ in their references alone."""
+    folder = RunFolder(tmp_path / "run")
+    sources, outputs = ["one ", "two", "three"], ["eins", " zwei", "drei"]
+    rows = []
+    for name in ("a", "b"):
+        path = folder.path / "decode" / "mle" / "checkpoint-1" / f"{name}.en-de.greedy.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(json.dumps({"source": s, "hypothesis": h}) + "\n" for s, h in zip(sources, outputs, strict=True))
+        )
+        about = {"arm": "mle", "seed": 1, "checkpoint": "checkpoint-1", "role": "test", "test_set": name}
+        about |= {"pair": "en-de", "search": "greedy", "hypotheses_sha256": "same"}
+        rows.append(about | {"metric": "chrf", "score": 50.0})
+    write_jsonl(folder.scores, rows)
+    streams = {"a": [["A1", "A2", "A3"]], "b": [["B1", "", " B3"], ["", "C2", "C3"]]}
+    references = [{"test_set": name, "pair": "en-de", "references": streams[name]} for name in ("a", "b")]
+    folder.data.mkdir()
+    write_jsonl(folder.references, references)
+    return folder
+
+
+def segments(path: Path, references: list[str] | None, score: float) -> Path:
+    rows = []
+    for at, (source, output) in enumerate((("one", "eins"), ("two", "zwei"), ("three", "drei"))):
+        row = {"src": source, "mt": output, "COMET": score + at}
+        rows.append(row if references is None else row | {"ref": references[at]})
+    path.write_text(json.dumps({"x": rows}))
+    return path
+
+
+def comets(folder: RunFolder) -> dict[str, float]:
+    rows = [row for row in read_jsonl(folder.scores) if row["metric"] == "comet"]
+    for row in rows:
+        values = json.loads(segments_file(folder, row).read_text())
+        assert sum(values) / len(values) == pytest.approx(row["score"])
+    assert len({row["test_set"] for row in rows}) == len(rows)
+    return {row["test_set"]: row["score"] for row in rows}
+
+
+def test_a_score_goes_to_the_test_set_of_its_references(twofold: RunFolder, tmp_path: Path) -> None:
+    of_a = segments(tmp_path / "a.json", ["A1", "A2", "A3"], 0.5)
+    of_b = segments(tmp_path / "b.json", ["B1", "C2", "B3"], 0.1)  # of each segment the first with text
+    assert [row["test_set"] for row in import_comet(twofold, [of_a])] == ["a"]
+    assert comets(twofold) == {"a": 1.5}
+    import_comet(twofold, [of_b])
+    assert comets(twofold) == {"a": 1.5, "b": pytest.approx(1.1)}
+    import_comet(twofold, [of_a, of_b, of_a])
+    assert comets(twofold) == {"a": 1.5, "b": pytest.approx(1.1)}
+    # A single stream of several is as good; a model that takes no references scores both.
+    import_comet(twofold, [segments(tmp_path / "b.json", ["", "C2", "C3"], 0.3)])
+    assert comets(twofold)["b"] == pytest.approx(1.3)
+    import_comet(twofold, [segments(tmp_path / "kiwi.json", None, 0.0)])
+    assert comets(twofold) == {"a": 1.0, "b": 1.0}
+
+
+def test_other_references_and_two_scores_of_one_output_are_refused(twofold: RunFolder, tmp_path: Path) -> None:
+    before = twofold.scores.read_bytes()
+    with pytest.raises(UserError, match="a en-de or b en-de were scored against other references"):
+        import_comet(twofold, [segments(tmp_path / "x.json", ["A1", "A2", "A4"], 0.5)])
+    files = [segments(tmp_path / f"{score}.json", ["A1", "A2", "A3"], score) for score in (0.5, 0.6)]
+    with pytest.raises(UserError, match=r"0\.6\.json: other scores of mle, a en-de, greedy were given before"):
+        import_comet(twofold, files)
+    assert twofold.scores.read_bytes() == before and not (twofold.path / "comet").exists()

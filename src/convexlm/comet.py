@@ -4,8 +4,8 @@
     comet-score -s out/mle.src -t out/mle.mt -r out/mle.ref --model MODEL --to_json out/mle.comet.json
     convexlm report RUN --comet out/mle.comet.json --comet_model MODEL
 
-What is read back is matched with a run's decode files by the text of its sources and hypotheses, so that no score can
-end up with another system's output.
+What is read back is matched with a run's decode files by the text of its sources, hypotheses and references, so that
+no score can end up with another system's output, or with a test set of other references.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, read_jsonl, read_text, text_sha256, write_atomic, write_jsonl
-from convexlm.scoring import check_lengths
+from convexlm.scoring import check_lengths, first_references
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from convexlm.runs import RunFolder
 
@@ -138,13 +138,15 @@ def import_comet(folder: RunFolder, paths: Sequence[str | Path], model: str | No
         model's own scale.
 
     Raises:
-        UserError: a file cannot be read, or has a system that is no output of this run.
+        UserError: a file cannot be read, has a system that is no output of this run or was scored against references
+            that are not the test set's, or two say something else of one output.
     """
     if not folder.scores.is_file():
         raise UserError(f"{folder.path}: there is no scores.jsonl to add to; run the recipe first")
     rows = list(read_jsonl(folder.scores))
-    known = _outputs(folder, rows)
-    added: list[dict[str, Any]] = []
+    known, streams = _outputs(folder, rows), _reference_streams(folder)
+    added: dict[tuple[Any, ...], dict[str, Any]] = {}
+    kept_values: dict[str, list[float]] = {}
     for path in paths:
         digest = file_sha256(path) if Path(path).is_file() else ""
         for segments in read_comet(path):
@@ -156,20 +158,68 @@ def import_comet(folder: RunFolder, paths: Sequence[str | Path], model: str | No
                 )
             values = [float(row["COMET"]) for row in segments]
             signature = f"comet|model:{model or 'not stated'}|segments:{len(segments)}|json:{digest[:16]}"
-            about_file = {"num_sentences": len(segments), "json_sha256": digest, "imported": True}
-            for about in known[key]:
+            name = text_sha256(map(repr, values))
+            kept_values[name] = values
+            about_file = {"num_sentences": len(segments), "json_sha256": digest, "imported": True, "segments": name}
+            for about in _of_these_references(path, segments, known[key], streams):
                 score = {"metric": METRIC, "score": sum(values) / len(values), "signature": signature}
-                added.append(about | score | about_file | _references(segments))
-                write_atomic(segments_file(folder, about["hypotheses_sha256"]), json.dumps(values) + "\n")
-    fresh = {_place(row) for row in added}
-    kept = [row for row in rows if row.get("metric") != METRIC or _place(row) not in fresh]
-    write_jsonl(folder.scores, [*kept, *added])
-    return added
+                row = about | score | about_file | _references(segments)
+                if added.setdefault(_place(row), row)["segments"] != name:
+                    raise UserError(
+                        f"{path}: other scores of {about['arm']}, {about['test_set']} {about['pair']}, "
+                        f"{about['search']} were given before; give one file for each output"
+                    )
+    for name, values in kept_values.items():
+        write_atomic(_segments_path(folder, name), json.dumps(values) + "\n")
+    kept = [row for row in rows if row.get("metric") != METRIC or _place(row) not in added]
+    write_jsonl(folder.scores, [*kept, *added.values()])
+    return list(added.values())
 
 
-def segments_file(folder: RunFolder, hypotheses_sha256: str) -> Path:
-    """Where a run keeps the imported scores of one decode file's segments: a JSON list of numbers, in its order."""
-    return folder.path / "comet" / f"{hypotheses_sha256}.json"
+def segments_file(folder: RunFolder, row: Mapping[str, Any]) -> Path:
+    """Where a run keeps the imported scores of one decode file's segments: a JSON list of numbers, in its order.
+
+    Args:
+        folder: the run folder.
+        row: of its `scores.jsonl`, an imported one. Earlier versions named the file by the outputs' hash alone.
+    """
+    return _segments_path(folder, str(row.get("segments") or row.get("hypotheses_sha256")))
+
+
+def _segments_path(folder: RunFolder, name: str) -> Path:
+    return folder.path / "comet" / f"{name}.json"
+
+
+def _reference_streams(folder: RunFolder) -> dict[tuple[str, str], set[str]]:
+    """The hashes of a run's references, as comet-score reads them, by test set and direction; empty if it has none."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in read_jsonl(folder.references) if folder.references.is_file() else ():
+        streams = row.get("references") or []
+        whole = [*streams, first_references(streams)] if streams else []
+        found[str(row.get("test_set")), str(row.get("pair"))] = {text_sha256(map(_one_line, one)) for one in whole}
+    return found
+
+
+def _of_these_references(
+    path: str | Path,
+    segments: Sequence[dict[str, Any]],
+    places: Sequence[dict[str, Any]],
+    streams: Mapping[tuple[str, str], set[str]],
+) -> list[dict[str, Any]]:
+    """Those places whose references were scored against; all, if the model takes none."""
+    texts = [row.get("ref") for row in segments]
+    if not all(isinstance(text, str) for text in texts):
+        return list(places)
+    digest = text_sha256(_one_line(str(text)) for text in texts)
+    # The references of a validation set, and of a run of an earlier version, are not kept.
+    fit = [one for one in places if digest in streams.get((one["test_set"], one["pair"]), {digest})]
+    if not fit:
+        sets = " or ".join(dict.fromkeys(f"{one['test_set']} {one['pair']}" for one in places))
+        raise UserError(
+            f"{path}: {len(segments)} outputs of {sets} were scored against other references than the test set's; "
+            "`convexlm score --export_comet` writes the right ones"
+        )
+    return fit
 
 
 def _references(segments: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -99,9 +99,7 @@ def _comet_test(run: RunData, arms: dict[str, dict[tuple[str, str, int], dict[st
     corpora = list(arms[baseline])
     values: list[dict[str, list[float]]] = []
     for corpus in corpora:
-        files = {
-            arm: segments_file(run.folder, str(rows[corpus].get("hypotheses_sha256"))) for arm, rows in arms.items()
-        }
+        files = {arm: segments_file(run.folder, rows[corpus]) for arm, rows in arms.items()}
         if not all(path.is_file() for path in files.values()):
             return []  # imported by an older version, which kept the means only
         values.append({arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in files.items()})
