@@ -57,13 +57,15 @@ def test_text_is_kept_as_it_is_in_every_packing(tmp_path: Path):
         archive.writestr("inner/table.CSV", text)
     rows = [{"id": 7, "text": DOCUMENT, "short": "a\nb"}, {"id": 8, "text": "", "short": ""}]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     columns = {"source_column": "text", "reference_column": "short"}
     sets = [load_test_set(spec(name), "en-en", tmp_path) for name in ("plain.csv", "packed.csv.gz", "packed.zip")]
     sets.append(load_test_set(spec("lines.jsonl", **columns), "en-en", tmp_path))
+    sets.append(load_test_set(spec("list.json", **columns), "en-en", tmp_path))
     for loaded in sets:
         assert loaded.sources == [DOCUMENT, ""]
         assert loaded.references == [["a\nb", ""]]
-    assert [loaded.ids for loaded in sets[2:]] == [["0", "1"], ["7", "8"]]
+    assert [loaded.ids for loaded in sets[2:]] == [["0", "1"], ["7", "8"], ["7", "8"]]
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path):
@@ -74,6 +76,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     (tmp_path / "null.jsonl").write_text('{"document": null, "summary": "x"}\n')
     (tmp_path / "bad.jsonl").write_text('{"document": "a", "summary": "x"}\n{"docu\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "broken.json").write_text('[\n {"document": "a", "summary": "b"},\n {"document" }\n]')
     (tmp_path / "latin.csv").write_bytes("article,highlights\n\xe9,b\n".encode("latin-1"))
     (tmp_path / "twice.csv").write_text("article,highlights,article\na,b,c\n")
     (tmp_path / "packed.csv").write_bytes(lzma.compress(b"article,highlights\na,b\n"))
@@ -89,7 +92,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         ("empty.csv", "no document"),
         ("null.jsonl", "row 1: `document` is no text"),
         ("bad.jsonl", "line 2: not valid JSON"),
-        ("list.jsonl", "line 1: expected a JSON object"),
+        ("list.jsonl", "record 1: expected a JSON object"),
+        ("broken.json", "line 3: not valid JSON"),
         ("latin.csv", "line 2: not UTF-8"),
         ("twice.csv", "two columns are called `article`"),
         ("packed.csv", "is compressed with xz"),

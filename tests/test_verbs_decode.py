@@ -260,3 +260,13 @@ def test_kill_9_of_the_command_line(checkpoint: Path, tmp_path: Path, capsys: py
         for key in ("log_prob", "mean_log_prob"):
             assert row.pop(key) == pytest.approx(other.pop(key), abs=1e-4)
         assert row == other
+
+
+@pytest.mark.parametrize("name", [".", "/", ""])
+def test_an_output_file_without_a_name_is_refused(
+    checkpoint: Path, sources: Path, capsys, monkeypatch, tmp_path, name
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["decode", "--model_name_or_path", str(checkpoint), "--sources", str(sources), "--pair", "en-de"]
+    assert main([*argv, "--output_file", name]) == 2
+    assert "is a folder, expected a file to write" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def _read_table(path: Path) -> list[Row]:
     if name.endswith(".csv"):
         return _read_csv(path, text)
     if name.endswith((".jsonl", ".json")):
-        return _read_json_lines(path, text)
+        return _read_json(path, text)
     raise UserError(f"{path}: expected a .csv, .jsonl or .json file, plain, .gz or alone in a .zip, not {name}")
 
 
@@ -130,6 +130,22 @@ def _read_csv(path: Path, text: str) -> list[Row]:
         raise UserError(f"{path}: not valid CSV ({error})") from None
     finally:
         csv.field_size_limit(before)
+
+
+def _read_json(path: Path, text: str) -> list[Row]:
+    """The objects of a list, or one a line."""
+    if not text.lstrip().startswith("["):
+        return _read_json_lines(path, text)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, record {number}: expected a JSON object, found {type(row).__name__}")
+    return list(rows)
 
 
 def _read_json_lines(path: Path, text: str) -> list[Row]:

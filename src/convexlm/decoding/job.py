@@ -65,6 +65,8 @@ class DecodeJob:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.output_file.name:  # "." and "/", and an empty name
+            raise UserError(f"{self.output_file}: is a folder, expected a file to write")
         if self.output_file.suffix != ".jsonl" and not self.output_file.is_dir():  # which is told later
             # By the name it is read again, and its meta record's name follows from it.
             raise UserError(f"{self.output_file}: give the output file a name that ends in .jsonl")
