@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -195,13 +196,19 @@ def test_conversions_at_once_and_killed_ones(checkpoint: Path, cache: Path):
     places = [process.communicate()[0].strip().split("\n")[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert places[0] == places[1]
-    assert sorted(path.name for path in Path(places[0]).iterdir()) == ["config.json", "model.bin", "vocabulary.json"]
+    assert sorted(path.name for path in Path(places[0]).iterdir()) == [
+        *("config.json", "convexlm-files.json", "model.bin", "vocabulary.json"),
+    ]
     assert not list(root.glob(".d*"))
 
 
 @needs_ctranslate2
 def test_a_conversion_by_other_code_is_not_taken(checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     first = ct2_cache.converted(checkpoint, "d" * 64)
+    for damage in (lambda: os.truncate(first / "model.bin", 5000), (first / "vocabulary.json").unlink):
+        damage()  # by a full disk, or by what cleans caches
+        assert ct2_cache.converted(checkpoint, "d" * 64) == first
+        assert (first / "model.bin").stat().st_size > 5000 and (first / "vocabulary.json").exists()
     (first / "mark").touch()
     assert ct2_cache.converted(checkpoint, "d" * 64) == first
     monkeypatch.setattr(ct2_cache, "_code_hash", lambda: "0" * 64)

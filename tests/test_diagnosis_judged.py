@@ -52,6 +52,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 def test_extremes_stay_in_bounds():
     assert couples_right_above(np.array([1.0]), np.array([0.0, 2.0])) == (0.5, (0.0, 1.0))
+    assert couples_right_above(np.full(15, 0.5), np.full(15, 0.5)) == (0.5, (0.0, 1.0))
     share, (low, high) = couples_right_above(np.arange(20.0), np.array([0.5, 1.5]))
     assert 0 <= low <= share <= high <= 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,6 +91,21 @@ def test_a_number_that_yaml_reads_as_another_is_refused(tmp_path: Path) -> None:
         said = complaint(tmp_path, text=f"vars: {{n: {written}}}\n")
         assert f"`vars.n` is written {written}, which YAML reads as {read}; quote it" in said
     assert load(tmp_path, text="vars: {n: '007'}\n", description="${n}").resolved["description"] == "007"
+
+
+@pytest.mark.parametrize(("written", "read"), [("0100", 64), ("12:30", 750), ("-010", -8), ("1:30.5", 90.5)])
+def test_numbers_of_yaml_1_1_are_refused_everywhere(tmp_path: Path, written: str, read: float) -> None:
+    said = f"`{written}` is {read} in YAML; write it in decimal, or quote it"
+    assert said in complaint(tmp_path, text=f"limits: {written}\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(tmp_path, f"train.max_steps={written}")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(tmp_path, f"seeds=[{written}]")
+
+
+@pytest.mark.parametrize("extends", ['"good.yaml\\0"', "[a]", "3", "''"])
+def test_what_is_no_file_name_cannot_be_extended(tmp_path: Path, extends: str) -> None:
+    assert "`extends` must be the name of a recipe's file" in complaint(tmp_path, text=f"extends: {extends}\n")
 
 
 # -- --set

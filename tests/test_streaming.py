@@ -11,12 +11,15 @@ from random import Random
 
 import pytest
 import torch
+from datasets import Dataset
+from trl import pack_dataset
 
 import convexlm.streaming as streaming
 import convexlm.training_data as training_data
 from convexlm.errors import UserError
 from convexlm.instructions import load_records
 from convexlm.metrics_file import read_metrics
+from convexlm.prepared_data import mixed
 from convexlm.streaming import RecordStream, shuffled, sources
 from convexlm.tokenization import PromptSettings, tokenize_records
 from convexlm.training_data import META_FILE, prepare_data, tokenizer_hash
@@ -363,3 +366,26 @@ def test_the_second_run_says_so_and_is_the_same(files, tmp_path, capfd):
     lost = [line for line in first.split("\n") if "cut to max_length" in line]
     assert lost and lost == [line for line in second.split("\n") if "cut to max_length" in line]
     assert_same_run(tmp_path / "second", tmp_path / "first", but=())
+
+
+# -- packed
+
+
+def test_packed_rows_of_a_stream_come_in_no_order_of_length(tmp_path):
+    """Packing puts the longest of its window first, and nothing shuffles a stream afterwards."""
+    records = [{"input_ids": [1] * n, "labels": [1] * n} for n in Random(1).choices(range(2, 40), k=900)]
+    plain = Dataset.from_list(records).to_iterable_dataset()
+    packed = pack_dataset(plain, 40, "bfd")
+    rows, again = list(mixed(packed, seed=3)), list(mixed(packed, seed=3))
+    assert rows == again != list(mixed(packed, seed=4))
+    key = lambda row: (row["input_ids"], row["labels"], row["seq_lengths"])  # noqa: E731
+    assert sorted(map(key, rows)) == sorted(map(key, packed))
+    half = len(rows) // 2
+
+    def longest(part):
+        return sum(max(row["seq_lengths"]) for row in part) / len(part)
+
+    in_order = list(packed)
+    assert longest(in_order[:half]) > longest(in_order[half:]) + 5
+    assert abs(longest(rows[:half]) - longest(rows[half:])) < 3
+    assert list(mixed(packed, seed=3).skip(7)) == rows[7:]  # as a resumed training reads it

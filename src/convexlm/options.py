@@ -192,6 +192,9 @@ def written_numbers(path: str | Path, section: str) -> dict[str, str]:
 # PyYAML keeps to YAML 1.1, where a float needs a dot; a learning rate of 1e-5 would be a text.
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
+# Its whole numbers with a leading 0 are octal, and those with colons to the base of 60.
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
 
 @functools.cache
 def _loader() -> Any:
@@ -231,6 +234,18 @@ def _loader() -> Any:
                 seen.add(key.value if isinstance(key.value, str) else "")
             return node
 
+        def construct_number(self, node: Any) -> Any:
+            number = (
+                super().construct_yaml_int(node) if node.tag.endswith(":int") else super().construct_yaml_float(node)
+            )
+            octal = _OCTAL.fullmatch(node.value) and int(node.value) != number
+            if ":" in node.value or octal:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"`{node.value}` is {number} in YAML; write it in decimal, or quote it",
+                    problem_mark=node.start_mark,
+                )
+            return number
+
         def flatten_mapping(self, node: Any) -> None:
             # PyYAML 6.0.4 takes two keys for one by the identity of their texts, and of `k: 1` merged into what says
             # `k: 2` keeps the 1 where that is merged again.
@@ -247,6 +262,8 @@ def _loader() -> Any:
             return super().flatten_mapping(node)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     return Loader
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from convexlm.refusals import refuse_lost_weights, refuse_packed_rows
 logger = logging.getLogger(__name__)
 
 PACKED = "seq_lengths"  # TRL's column of packed rows
+WINDOW = 1000  # packed rows, at least those of the records that are packed together
 
 
 class PreparedData:
@@ -61,6 +63,8 @@ class PreparedData:
             dataset = super()._prepare_dataset(  # type: ignore[misc]
                 dataset, processing_class, args, packing, formatting_func, dataset_name
             )
+        if packing and isinstance(dataset, IterableDataset) and dataset_name == "train":
+            dataset = mixed(dataset, args.data_seed if args.data_seed is not None else args.seed)
         if before is not None and not packing and len(dataset) < before:
             logger.warning(
                 "%s dataset: %d of %d records were dropped, for no target token of theirs lies within max_length=%s",
@@ -178,6 +182,25 @@ class PreparedData:
             return super()._get_dataloader(  # type: ignore[misc]
                 dataset, description, batch_size, sampler_fn, is_training, **kwargs
             )
+
+
+def mixed(packed: IterableDataset, seed: int) -> IterableDataset:
+    """A stream of packed rows in a random order within each `WINDOW` of them.
+
+    Packing fits together a window of 1,000 records, the longest first, so that training would go from long records to
+    short ones and back again, whatever order they had before. What is not a stream is shuffled by its sampler.
+
+    Args:
+        packed: the rows.
+        seed: of the order, which is the same in every process and after a resume.
+    """
+
+    def mix(rows: Any, places: list[int]) -> Any:
+        order = random.Random(f"{seed}/{places[0]}").sample(range(len(rows)), len(rows))
+        return rows.take(order)
+
+    in_arrow = packed.with_format("arrow")
+    return in_arrow.map(mix, with_indices=True, batched=True, batch_size=WINDOW).with_format(None)
 
 
 def _check_all_labels(dataset: Dataset, name: str) -> None:

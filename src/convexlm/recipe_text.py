@@ -25,9 +25,11 @@ def with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for name, text in written_numbers(path, "vars").items():
         if isinstance(value := raw["vars"].get(name), int) and str(value) != text:
             raise UserError(f"{path}: `vars.{name}` is written {text}, which YAML reads as {value}; quote it")
-    if parent := raw.pop("extends", None):
+    if (parent := raw.pop("extends", None)) is not None:
+        if not isinstance(parent, str) or not parent or "\0" in parent:
+            raise UserError(f"{path}: `extends` must be the name of a recipe's file, not {parent!r}")
         raw.setdefault("name", path.stem)
-        return merge(with_parents(path.parent / str(parent), (*seen, path.resolve())), raw)
+        return merge(with_parents(path.parent / parent, (*seen, path.resolve())), raw)
     return raw
 
 

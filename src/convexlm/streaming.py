@@ -152,7 +152,10 @@ def sources(dataset: str) -> list[str]:
         files = []
     found = sorted(str(file) for file in files if str(file).endswith(SHARDS))
     if not found:
-        raise UserError(f"{dataset}: no shards to train on there; looked for *{', *'.join(SHARDS)}")
+        raise UserError(
+            f"{dataset}: no shards to train on there; looked for *{', *'.join(SHARDS)}, and where a file is named as "
+            "one of a split (test, validation), for those of `train`"
+        )
     return found
 
 

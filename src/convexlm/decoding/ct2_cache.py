@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,11 +14,13 @@ from convexlm.decoding import checkpoint as checkpoints
 from convexlm.decoding import loading
 from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
 from convexlm.errors import UserError
-from convexlm.files import file_sha256, json_sha256, sync_folder
+from convexlm.files import file_sha256, json_sha256, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     import torch
 
+MANIFEST = "convexlm-files.json"
+"""In a conversion: the sizes of its files."""
 PROBE_TOKENS = 48
 """Length of the text on which a converted model must agree with the original."""
 
@@ -48,18 +51,20 @@ def converted(checkpoint: Path, digest: str, *, trust_remote_code: bool = False)
     name = f"{digest[:32]}-{ctranslate2.__version__}-{transformers.__version__}-{_code_hash()[:8]}"
     root = cache_folder() / "ctranslate2"
     final = root / name
-    if final.is_dir():
+    if _is_whole(final):
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not final.is_dir():
+            if not _is_whole(final):
+                shutil.rmtree(final, ignore_errors=True)  # one that something else has cut or cleaned
                 for stale in root.glob(f".{name}.*"):  # of a process that was killed: we hold the lock
                     shutil.rmtree(stale, ignore_errors=True)
                 staging = root / f".{name}.{os.getpid()}"
                 try:
                     _convert(checkpoint, staging, trust_remote_code)
+                    write_atomic(staging / MANIFEST, json.dumps(_sizes(staging)) + "\n")
                     _sync(staging)
                     staging.rename(final)
                 finally:
@@ -68,6 +73,19 @@ def converted(checkpoint: Path, digest: str, *, trust_remote_code: bool = False)
     except OSError as error:
         raise UserError(f"{root}: cannot keep the converted model there ({error.strerror or error})") from None
     return final
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion has its files, each as large as it was made."""
+    try:
+        made, there = json.loads((folder / MANIFEST).read_text(encoding="utf-8")), _sizes(folder)
+        return all(there.get(name) == size for name, size in made.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
 
 
 def _code_hash() -> str:

@@ -28,7 +28,8 @@ def couples_right_above(right: np.ndarray, wrong: np.ndarray) -> tuple[float, tu
         wrong: (n,) values of wrong records, n >= 1.
 
     Returns:
-        The share, and (low, high); with a single record on a side (0, 1), for nothing is then known of its spread.
+        The share, and (low, high); with a single record on a side, or where all are equal, (0, 1), for nothing is then
+        known of its spread.
         Where all couples agree DeLong's variance is zero, however few they are, and the bound is another: with the
         true share A, all agree with a probability of at most A^min(m, n), and the bound is where that is 2.5 %.
     """
@@ -45,6 +46,8 @@ def couples_right_above(right: np.ndarray, wrong: np.ndarray) -> tuple[float, tu
         bound = 0.025 ** (1 / min(m, n))
         return share, (bound, 1.0) if share else (0.0, 1.0 - bound)
     half = _Z95 * float(np.sqrt(of_right.var(ddof=1) / m + of_wrong.var(ddof=1) / n))
+    if half == 0:  # every couple ties, or each record has as many on one side: nothing is seen of the spread
+        return share, (0.0, 1.0)
     return share, (max(0.0, share - half), min(1.0, share + half))
 
 
