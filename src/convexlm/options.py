@@ -192,7 +192,7 @@ def written_numbers(path: str | Path, section: str) -> dict[str, str]:
 # PyYAML keeps to YAML 1.1, where a float needs a dot; a learning rate of 1e-5 would be a text.
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
-# Its whole numbers with a leading 0 are octal, and those with colons to the base of 60.
+# There a whole number with a leading 0 is octal, and one with colons to the base of 60.
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
@@ -235,16 +235,14 @@ def _loader() -> Any:
             return node
 
         def construct_number(self, node: Any) -> Any:
-            number = (
+            """A number as YAML 1.2 has it, and as everybody means it: 010 is ten, and 12:30 is a text."""
+            if ":" in node.value:
+                return node.value
+            if _OCTAL.fullmatch(node.value):
+                return int(node.value)
+            return (
                 super().construct_yaml_int(node) if node.tag.endswith(":int") else super().construct_yaml_float(node)
             )
-            octal = _OCTAL.fullmatch(node.value) and int(node.value) != number
-            if ":" in node.value or octal:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"`{node.value}` is {number} in YAML; write it in decimal, or quote it",
-                    problem_mark=node.start_mark,
-                )
-            return number
 
         def flatten_mapping(self, node: Any) -> None:
             # PyYAML 6.0.4 takes two keys for one by the identity of their texts, and of `k: 1` merged into what says
