@@ -27,6 +27,11 @@ JOBS = {
     "nan": {"step": 3, "event": "nan"},
     "skipped": {"step": 3, "event": "nan", "options": ["--skip_nonfinite_steps"]},
     "streamed": {"options": ["--streaming"]},
+    "each step": {"options": ["--logging_steps", "1"]},
+    # 25 records in steps of 8: an epoch's last step has one of its own and three that fill it up.
+    "rebalanced": {
+        "options": ["--train_sampling_strategy", "batch_rebalance", "--gradient_accumulation_steps", "2"],
+    },
 }
 OPTIONS = {
     "max_steps": 8,
@@ -57,6 +62,20 @@ def arrange(step, event):
     NonFiniteGuard._watch_loss = watch_loss
 
 
+def keep_mean_loss(file):
+    """Write down what `train` gives as the mean loss of its steps."""
+    from convexlm.trainer import ConvexTrainer
+
+    original = ConvexTrainer.train
+
+    def kept(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        file.write_text(json.dumps(output.training_loss))
+        return output
+
+    ConvexTrainer.train = kept
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,6 +93,7 @@ def start(rank, port, job, folder, model, data):
         out = os.open(f"{folder}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        keep_mean_loss(Path(f"{folder}.{rank}.loss"))
         if rank == RANK and "event" in job:
             arrange(job["step"], job["event"])
         given = words(dataset=data, config_name=model, tokenizer_name=model, output_dir=folder, **OPTIONS)
@@ -97,8 +117,10 @@ def main():
         logs = [Path(f"{folder}.{rank}.log") for rank in range(2)]
         result[name] = {"codes": codes, "logs": [log.read_text() for log in logs]}
         result[name]["folders"] = sorted(path.name for path in folder.glob("checkpoint-*"))
-        for log in logs:
-            log.unlink()
+        losses = [Path(f"{folder}.{rank}.loss") for rank in range(2)]
+        result[name]["train_loss"] = [json.loads(file.read_text()) for file in losses if file.exists()]
+        for file in (*logs, *losses):
+            file.unlink(missing_ok=True)
     (home / "result.json").write_text(json.dumps(result))
 
 

@@ -135,6 +135,50 @@ def test_what_vllm_would_do_otherwise_is_refused(checkpoint: Path, vllm: type[Fa
     assert vllm.made == []
 
 
+def test_the_share_of_a_gpus_memory_reaches_vllm(checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path):
+    for share in (None, 0.5, 1):
+        job = make_job(tmp_path / f"{share}.jsonl", max_new_tokens=5)
+        decode_jobs(checkpoint, [job], backend="vllm", device="cuda", gpu_memory_utilization=share)
+    assert [made.get("gpu_memory_utilization") for made in vllm.made] == [None, 0.5, 1]
+    assert "gpu_memory_utilization" not in vllm.made[0], "vLLM's own default holds"
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "said"),
+    [
+        ({"gpu_memory_utilization": 0.0}, 1, "above 0 and at most 1, not 0.0"),
+        ({"gpu_memory_utilization": 1.5}, 1, "above 0 and at most 1, not 1.5"),
+        ({"gpu_memory_utilization": 0.5, "device": "cpu"}, 1, "is of a GPU, and the device is cpu"),
+        ({"gpu_memory_utilization": 0.5, "backend": "hf", "device": "cpu"}, 1, "the hf backend has no gpu_memory"),
+        ({"num_processes": 2}, 1, "2 of the 2 processes are on one GPU, and vllm takes most of it for each"),
+        ({"num_processes": 5}, 2, "3 of the 5 processes are on one GPU.* at most 0.33"),
+        ({"num_processes": 2, "device": "cuda:1"}, 2, "2 of the 2 processes are on one GPU"),
+        ({"num_processes": 2, "gpu_memory_utilization": 0.6}, 1, "takes 0.6 of it for each: give .* at most 0.5"),
+    ],
+)
+def test_more_than_a_gpu_has_is_refused(
+    checkpoint: Path,
+    vllm: type[FakeLLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    gpus: int,
+    said: str,
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(UserError, match=said):
+        decode_jobs(checkpoint, [make_job(tmp_path / "out.jsonl")], **{"backend": "vllm", "device": "cuda", **options})
+    assert vllm.made == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("processes", "gpus", "share"), [(2, 2, None), (4, 2, 0.5), (3, 1, 0.33), (1, 0, None)])
+def test_what_a_gpu_has_is_shared(monkeypatch: pytest.MonkeyPatch, processes: int, gpus: int, share: float | None):
+    from convexlm.decoding.backends.vllm import VllmBackend
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    VllmBackend().check_gpu_memory(share, "cuda", processes)
+
+
 def test_on_a_cpu_vllm_is_told_its_memory_and_threads(
     checkpoint: Path, vllm: type[FakeLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -290,3 +290,29 @@ def test_two_processes_stream_different_records(on_two):
 
     lengths = [len(row["input_ids"]) for row in rows(25, weights=True)]
     assert read_metrics(home / "streamed")[0]["num_tokens"] == sum(lengths[: 3 * 4])
+
+
+@pytest.mark.slow
+def test_the_mean_loss_is_of_all_processes_and_of_the_steps_that_were_made(on_two):
+    """Also of steps 7 and 8, which are not logged any more, and after a resume at step 5, for which 4 and 5 wait."""
+    home, result = on_two
+    assert result["each step"]["codes"] == [0, 0], result["each step"]["logs"]
+    losses = [line["loss"] for line in read_metrics(home / "each step")]
+    assert len(losses) == 8
+    for name, made in (("each step", losses), ("whole", losses), ("stopped, resumed", losses[5:])):
+        for loss in result[name]["train_loss"]:
+            assert loss == pytest.approx(sum(made) / len(made), rel=1e-6), name
+        assert len(result[name]["train_loss"]) == 2
+
+
+@pytest.mark.slow
+def test_records_that_fill_up_a_rebalanced_step_do_not_count(on_two):
+    home, result = on_two
+    assert result["rebalanced"]["codes"] == [0, 0], result["rebalanced"]["logs"]
+    from training_helpers import rows
+
+    tokens = sum(len(row["input_ids"]) for row in rows(25, weights=True))
+    assert Run(home / "rebalanced", 8).train[-1]["step"] == 6, "within the second epoch of four steps"
+    state = json.loads((home / "rebalanced" / "checkpoint-8" / "training_progress.json").read_text())
+    seen = sum(part["seen"] for part in state["processes"])
+    assert Run(home / "rebalanced", 8).train[-1]["num_tokens"] + seen == 2 * tokens

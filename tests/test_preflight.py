@@ -112,6 +112,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"decode__compute_type": "int8"}, "the hf backend has no `int8`; `ctranslate2` has them"),
         ({"decode__compute_type": "int7", "decode__backend": "auto"}, "the ctranslate2 backend has no `int7`; known:"),
         ({"decode__compute_type": "int8", "decode__backend": "auto", "decode__dtype": "float32"}, "not both"),
+        ({"decode__gpu_memory_utilization": 0.5}, "the hf backend has no gpu_memory_utilization; the vllm backend"),
         ({"arms__convex__label_smoothing_factor": 0.1}, "arm `convex`: `label_smoothing_factor` goes with"),
         ({"arms__convex__loss_type": "dft"}, "arm `convex`: `loss_type='dft'` is TRL's"),
         ({"train__per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1, not 0"),

@@ -102,6 +102,12 @@ def test_a_recipe_is_read_and_its_defaults_are_filled(tmp_path: Path) -> None:
         ({"decode__checkpoints": [0]}, "`decode.checkpoints`"),
         ({"decode__checkpoints": [3, 3]}, "`decode.checkpoints` names a step twice"),
         ({"decode__batch_size": 0}, "`decode.batch_size`"),
+        ({"decode__token_budget": 1.5}, "`decode.token_budget` must be a whole number of at least 1, not 1.5"),
+        (
+            {"decode__gpu_memory_utilization": 0},
+            "`decode.gpu_memory_utilization` must be a number above 0 and at most 1",
+        ),
+        ({"decode__gpu_memory_utilization": "90%"}, "`decode.gpu_memory_utilization` must be a number above 0"),
         ({"decode__backend": "vlm"}, "`decode.backend`: unknown decoding backend `vlm`"),
         ({"decode__searches": [{"temperature": 0.7}]}, "decode.searches: temperature is for sampling"),
         (

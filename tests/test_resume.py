@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader, RandomSampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from convexlm import checkpoints, cli, durable
 from convexlm.checkpoints import (
@@ -28,7 +28,7 @@ from convexlm.checkpoints import (
     why_incomplete,
 )
 from convexlm.metrics_file import read_metrics
-from convexlm.sampling import EpochLengthGroupedSampler, SamplingOrder, set_epoch
+from convexlm.sampling import EpochLengthGroupedSampler, SamplingOrder, note_fillers, set_epoch
 from trainer_helpers import assert_same_weights, make, trained
 from training_helpers import Run, environment, rows, tiny_model, train, words, write_model_files, write_records
 
@@ -413,6 +413,44 @@ def test_a_process_that_skips_batches_has_the_order_of_its_epoch(grouped):
     assert [batch.tolist() for batch in resumed] == epochs[1][3:]
 
 
+def test_a_rebalanced_epoch_that_is_gone_on_with_has_its_own_order():
+    """Of two processes, the first; transformers' own call does not reach the sampler where batches are skipped."""
+
+    def loader():
+        sampler = BatchRebalanceSampler([5 + n % 7 for n in range(40)], 8, 2, 2, rank=0, drop_last=False)
+        made = prepare_data_loader(DataLoader(range(40), batch_sampler=sampler), num_processes=2, process_index=0,
+                                   even_batches=False, put_on_device=False)  # fmt: skip
+        made.batch_sampler.num_processes = 1  # as the Trainer does
+        return made
+
+    epochs = []
+    for epoch in range(2):
+        whole = loader()
+        set_epoch(whole, epoch)
+        epochs.append([batch.tolist() for batch in whole])
+    assert epochs[0] != epochs[1]
+    resumed = skip_first_batches(loader(), 3)
+    set_epoch(resumed, 1)
+    assert [batch.tolist() for batch in resumed] == epochs[1][3:]
+
+
+def test_a_rebalanced_step_is_the_same_however_it_is_split(files, tmp_path):
+    """25 records in steps of 8: eight micro-batches of the fourth step share one record."""
+    options = given(files, train_sampling_strategy="batch_rebalance", logging_steps=1, save_steps=8)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    assert train(tmp_path / "whole", **{**options, "per_device_train_batch_size": 8}) == 0
+    assert train(tmp_path / "split", **{**options, **split}) == 0
+    for got, wanted in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+        assert (got["num_tokens"], got["num_target_tokens"]) == (wanted["num_tokens"], wanted["num_target_tokens"])
+    tokens = sum(len(row["input_ids"]) for row in rows(25, weights=True))
+    assert [line["num_tokens"] for line in metrics(tmp_path / "split")][3::4] == [tokens, 2 * tokens]
+
+
+def test_a_rebalancing_sampler_that_is_not_known_is_refused():
+    with pytest.raises(RuntimeError, match="not one that convexlm knows"):
+        note_fillers(SimpleNamespace(has_tail=True, remainder=1))
+
+
 @pytest.mark.parametrize("split", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (1, 2, 4)])
 def test_grouping_by_length_does_not_depend_on_how_the_batch_is_split(split):
     rows, accumulated, processes = split
@@ -423,7 +461,7 @@ def test_grouping_by_length_does_not_depend_on_how_the_batch_is_split(split):
             return sampler
 
     class Made(SamplingOrder, OfTheTrainer):
-        args = SimpleNamespace(world_size=processes, data_seed=None, seed=1)
+        args = SimpleNamespace(world_size=processes, data_seed=None, seed=1, train_sampling_strategy="group_by_length")
 
     assert list(Made()._get_train_sampler()) == list(EpochLengthGroupedSampler(8, list(range(70)), 1))
 

@@ -78,6 +78,7 @@ def test_a_run_goes_on_with_another_number_of_decoding_processes(tmp_path: Path)
         assert folder.check(other)
         folder.claim(other)
         assert identity_sha256(other) == identity_sha256(load(tmp_path))
+    assert folder.check(load(tmp_path, decode__gpu_memory_utilization=0.5)), "as much as there is room for now"
     assert folder.recipe.read_bytes() == before
 
 

@@ -226,6 +226,7 @@ class DurableCheckpoints:
         rank = self.accelerator.process_index
         same = len(saved) == world
         mine = [saved[rank]] if same else saved if rank == 0 else []
+        self._restored_loss = sum(float.fromhex(part["tr_loss"]) for part in saved) / len(saved)
         for part in mine:
             # The Trainer logs the mean over processes.
             share = 1.0 if same else world / len(saved)

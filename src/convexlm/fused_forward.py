@@ -40,13 +40,20 @@ OTHER_SOFTCAP_NAMES = ("logits_soft_cap", "output_logit_soft_cap")
 OTHER_DIVISOR_NAME, ROWS_NAME = "logits_mup_width_multiplier", "unpadded_vocab_size"
 
 
+class Statistics(dict[str, torch.Tensor]):
+    """Statistics that no wrapper of a model sees into; FSDP2 would cast them with the outputs, and counts with them.
+
+    torch's pytrees look into `dict` itself, not into what is derived from it.
+    """
+
+
 @dataclass
 class FusedModelOutput(ModelOutput):
     """What a model returns when it is called with `fused_objective`.
 
     Attributes:
         loss: the objective's loss, without the experts' loss.
-        statistics: as `FusedOutput.statistics()`; detached 0-d tensors.
+        statistics: as `FusedOutput.statistics()`; detached 0-d tensors, of float64 where the device has it.
         aux_loss: the experts' load-balancing loss, where router logits were asked for.
         path: "one-pass" or "recompute".
     """
@@ -174,15 +181,24 @@ def add_fused_objective(model: Any) -> None:
         mask = fused_objective.attended if mask is None else mask
         backbone = self.base_model(*args, **kwargs)
         states, head = backbone.last_hidden_state, self.get_output_embeddings()
-        loss, out = _call_head(head, fused_objective, states, labels, scale, softcap, rows)
-        return FusedModelOutput(
-            loss=loss,
-            statistics=out.statistics(),
-            aux_loss=_aux_loss(text_config, backbone, mask) if kwargs.get("output_router_logits") else None,
-            path=out.path,
-        )
+        out = _call_head(head, fused_objective, states, labels, scale, softcap, rows)
+        if kwargs.get("output_router_logits"):
+            out.aux_loss = _aux_loss(text_config, backbone, mask)
+        return out
 
     model.forward = types.MethodType(forward, model)
+
+
+def keep_output_dtype(accelerator: Any) -> None:
+    """Have FSDP2 leave the loss in float32: under bf16 and fp16 accelerate has it cast what a model returns.
+
+    Args:
+        accelerator: one that has not prepared the model yet.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def logit_transform(text_config: Any) -> tuple[float, float | None]:
@@ -223,7 +239,7 @@ def _call_head(
     scale: float,
     softcap: float | None,
     rows: int | None = None,
-) -> tuple[Tensor, FusedOutput]:
+) -> FusedModelOutput:
     """Run `call` as the forward of the head's module, so that hooks on the module see to its weight."""
     # FSDP1's wrapper is a module of its own around the head; its forward must stay.
     inner = getattr(head, "_fsdp_wrapped_module", head)
@@ -261,7 +277,7 @@ def _call_head(
             del inner.__dict__["forward"]
         else:
             inner.__dict__["forward"] = before
-    return loss, found[-1]
+    return FusedModelOutput(loss=loss, statistics=Statistics(found[-1].statistics()), path=found[-1].path)
 
 
 def _is_adapter(module: Any) -> bool:

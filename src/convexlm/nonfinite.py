@@ -57,6 +57,7 @@ class NonFiniteGuard:
         self.skipped_steps = self._skips_in_a_row = self._skipped_before = 0
         self._steps_since_log = self._skips_since_log = 0
         self._low_logs, self._warned_of_collapse = 0, False
+        self._restored_loss = 0.0  # the part of steps before a resume in what is logged first
 
     def _guard_counts(self: Any) -> dict[str, Any]:
         """What a checkpoint has to keep."""
@@ -208,10 +209,16 @@ class NonFiniteGuard:
         self._steps_since_log = self._skips_since_log = 0
 
     def _guard_summary(self: Any, logs: dict[str, Any]) -> None:
-        """Make the mean loss of all steps, in which a skipped one counts as 0, one of those that were not skipped."""
+        """Make the mean loss at the end one over the steps that this call has made, and over all processes.
+
+        The Trainer takes each process's own part of what was not logged any more, and has in it what `--resume` took
+        up of steps before; a skipped step counts as 0 there.
+        """
         steps, skipped = self.state.global_step - self._initial_global_step, self.skipped_steps - self._skipped_before
-        if skipped:
-            logs["train_loss"] = logs["train_loss"] * steps / (steps - skipped) if steps > skipped else math.nan
+        everyone = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean()
+        total = self._total_loss_scalar - float(self._tr_loss) + float(everyone) - self._restored_loss
+        if steps:
+            logs["train_loss"] = total / (steps - skipped) if steps > skipped else math.nan
 
     def _watch_collapse(self: Any, logs: dict[str, Any]) -> None:
         """Warn once when few records have carried the gradient in several logs running."""

@@ -239,13 +239,18 @@ def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
         raise UserError(f"decode.compute_type: the {backend.name} backend has no `{compute_type}`; {known}")
     if compute_type is not None and dtype is not None:
         raise UserError("decode: give `dtype` or `compute_type`, not both")
+    share = recipe.decode.get("gpu_memory_utilization")
     if device not in (None, "auto"):
         _check_device(str(device), here=here)
     if here and not automatic:
         import torch
 
         first = "cuda" if torch.cuda.is_available() else "cpu"
-        backend.check_installed(first if device in (None, "auto") else str(device))
+        taken = first if device in (None, "auto") else str(device)
+        backend.check_installed(taken)
+        backend.check_gpu_memory(share, taken, recipe.decode.get("num_processes") or 1)
+    elif share is not None:
+        backend.check_gpu_memory(share, "cuda", 1)
 
 
 def _check_device(name: str, *, here: bool) -> None:

@@ -53,8 +53,8 @@ SECTIONS: dict[str, set[str]] = {
     "model": {"config", "tokenizer"},  # and the options of TRL's ModelConfig
     "data": DATA_OPTIONS | {"dataset", "num_records"},
     "decode": {
-        *("searches", "checkpoints", "batch_size", "backend", "dtype", "device"),
-        *("instruction", "instruction_file", "compute_type", "num_processes"),
+        *("searches", "checkpoints", "batch_size", "token_budget", "backend", "dtype", "device"),
+        *("instruction", "instruction_file", "compute_type", "gpu_memory_utilization", "num_processes"),
     },
     "score": {"metrics"},
     "compare": {"baseline", "n_samples", "seed", "reference_nll"},
@@ -359,7 +359,10 @@ def _check_decode(decode: dict[str, Any], wrong: Any) -> dict[str, Any]:
         raise wrong(f"`decode.checkpoints` is `last`, `all` or a list of steps, not {checkpoints!r}")
     if steps_ok and len(set(checkpoints)) < len(checkpoints):
         raise wrong("`decode.checkpoints` names a step twice")
-    for key in ("batch_size", "num_processes"):
+    share = decode.get("gpu_memory_utilization")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1):
+        raise wrong(f"`decode.gpu_memory_utilization` must be a number above 0 and at most 1, not {share!r}")
+    for key in ("batch_size", "token_budget", "num_processes"):
         if decode.get(key) is not None and not is_whole(decode[key], 1):
             raise wrong(f"`decode.{key}` must be a whole number of at least 1, not {decode[key]!r}")
     for key in ("instruction", "instruction_file", "dtype", "device", "compute_type"):

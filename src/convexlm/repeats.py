@@ -22,6 +22,7 @@ class NoRepeats:
     """Mixed into a Trainer before its class."""
 
     _told_of_streams: tuple[str, ...] = ()
+    _dealer: Any = None  # the sampler of `batch_rebalance`
 
     def _without_repeats(self: Any, batch: dict[str, Any], *, training: bool) -> tuple[dict[str, Any], Tensor]:
         """The batch with records masked that fill up the last batch of several processes, and its number of tokens.
@@ -39,7 +40,7 @@ class NoRepeats:
             )
         seen = attention if attention is not None else torch.ones_like(labels) if rows is None else (rows >= 0).long()
         state = self.accelerator.gradient_state
-        # The sampler of `batch_rebalance` deals records to the processes itself and repeats none.
+        # The sampler of `batch_rebalance` deals records to the processes itself: see `_without_fillers`.
         deals = training and self.args.train_sampling_strategy == "batch_rebalance"
         several = self.accelerator.num_processes > 1 and state.end_of_dataloader
         real = self._real_in_last_batch(training) if several else 0
@@ -52,6 +53,27 @@ class NoRepeats:
             batch = {**batch, "labels": labels.masked_fill(repeated, IGNORE_INDEX)}
             seen = seen.masked_fill(repeated, 0)
         return batch, seen.sum()
+
+    def _without_fillers(self: Any, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of a step with records masked by which `batch_rebalance` fills up an epoch's last one.
+
+        Returns:
+            The micro-batches, and how many tokens these records have.
+        """
+        fillers = getattr(self._dealer, "fillers", None)
+        if not fillers or not self.accelerator.gradient_state.end_of_dataloader:
+            return batches, 0
+        made: list[dict[str, Any]] = []
+        tokens: Any = 0
+        for batch, repeats in zip(batches, fillers, strict=True):
+            labels, attention, rows = batch["labels"], batch.get("attention_mask"), batch.get(ROW)
+            if rows is None:
+                rows = torch.arange(labels.shape[0], device=labels.device)[:, None]
+            numbers = torch.tensor([row for row, repeat in enumerate(repeats) if repeat], device=labels.device)
+            repeated = torch.isin(rows, numbers).expand(labels.shape)
+            tokens += (repeated if attention is None else repeated & attention.bool()).sum()
+            made.append({**batch, "labels": labels.masked_fill(repeated, IGNORE_INDEX)})
+        return made, tokens
 
     def _real_in_last_batch(self: Any, training: bool) -> int:
         """How many records of the last batch of all processes are no repetitions; not above 0: all, or unknown."""

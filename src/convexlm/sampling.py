@@ -42,10 +42,43 @@ def set_epoch(loader: Any, epoch: int) -> None:
     """
     layer = getattr(loader, "batch_sampler", None)
     while layer is not None:
-        sampler: Any = getattr(layer, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        for sampler in (getattr(layer, "sampler", None), layer):  # that of `batch_rebalance` is a layer itself
+            if sampler is not None and hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         layer = getattr(layer, "batch_sampler", None)
+
+
+def note_fillers(sampler: Any) -> None:
+    """Have transformers' sampler of `batch_rebalance` note with which records it fills up an epoch's last step.
+
+    Where fewer are left than processes times accumulated micro-batches, it repeats some of the epoch's first ones, so
+    that no micro-batch is empty. Its `fillers` are then, for each micro-batch of this process's last step, True where
+    a record is one of these.
+
+    Args:
+        sampler: a `BatchRebalanceSampler`.
+
+    Raises:
+        RuntimeError: it is made otherwise than those that are known (transformers 5.18 to 5.24).
+    """
+    if not all(hasattr(sampler, name) for name in ("_yield_global_batch", "_assign", "has_tail", "remainder")):
+        raise RuntimeError(
+            "the sampler of `batch_rebalance` in this release of transformers is not one that convexlm knows, so "
+            "records that it repeats would count twice: use another train_sampling_strategy"
+        )
+    whole = sampler._yield_global_batch
+    sampler.fillers = []
+
+    def deal(indices: list[int]) -> Iterator[list[int]]:
+        real = sampler.remainder
+        if not (sampler.has_tail and real < len(indices) == sampler.dp_size * sampler.grad_accum):
+            yield from whole(indices)
+            return
+        places = sampler._assign(range(len(indices)), [sampler.lengths[index] for index in indices])[sampler.rank]
+        sampler.fillers = [[place >= real for place in batch] for batch in places]
+        yield from ([indices[place] for place in batch] for batch in places)
+
+    sampler._yield_global_batch = deal
 
 
 class SamplingOrder:
@@ -57,6 +90,9 @@ class SamplingOrder:
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
             # Of the global batch, for the order of a batch that is split otherwise would be another.
             return EpochLengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+        if self.args.train_sampling_strategy == "batch_rebalance" and sampler is not None:
+            note_fillers(sampler)
+            self._dealer = sampler
         return sampler
 
     def _run_epoch(self: Any, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
-from convexlm.fused_forward import HeadCall, add_fused_objective, experts_of, logit_transform
+from convexlm.fused_forward import HeadCall, add_fused_objective, experts_of, keep_output_dtype, logit_transform
 from convexlm.head_agreement import refuse_other_logits
 from convexlm.label_smoothing import refuse_label_smoothing
 from convexlm.nonfinite import NonFiniteGuard, take_records
@@ -118,6 +118,7 @@ class ConvexTrainer(
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
         add_fused_objective(base)
+        keep_output_dtype(self.accelerator)
         refuse_other_logits(self, base)
         refuse_looking_ahead(self, base)
         # Both print to stdout, which belongs to results.
@@ -151,6 +152,8 @@ class ConvexTrainer(
             batches.append(batch)
         if not batches:
             return batches, None
+        batches, repeated = self._without_fillers(batches)
+        self._seen = self._seen - repeated
         by_length = self.objective.length_weighting == "token"
         count = torch.stack([count_targets(batch, by_length).to(device) for batch in batches]).sum()
         while len(batches) < num_batches:
@@ -244,7 +247,7 @@ class ConvexTrainer(
         if mode == "train" and self._seen is not None:
             statistics["seen"], self._seen = self._seen, None
         names = sorted(statistics)
-        dtype = statistics["tokens"].dtype
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         local = torch.stack([statistics[name].to(self.accelerator.device, dtype) for name in names])
         per_rank = self.accelerator.gather(local[None])
         merged = {

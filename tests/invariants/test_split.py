@@ -108,6 +108,21 @@ def test_lora_under_fsdp2(runs):
     assert_same_run(runs.get_on_two("lora", "even", "2x2x2", "fsdp2"), wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_counted_in_bfloat16_is_exact(runs, engine):
+    wanted = runs.get("convex", "even", "bf16-8", {**BATCHES_OF_8["8"], **runs.in_bfloat16(4)})
+    got = runs.get_on_two("convex", "even", "bf16", engine)
+    for prefix, names in (("", ("num_target_tokens", "num_tokens")), ("eval_", ("num_target_tokens",))):
+        for name in names:
+            assert torch.equal(got.column(name, prefix), wanted.column(name, prefix)), prefix + name
+    assert wanted.eval[0]["eval_num_target_tokens"] > 2 * 256, "bfloat16 counts no further by ones"
+    for name in STATISTICS:
+        near = 0.1 if name == "token_accuracy" else 0.02  # the best of near equals changes with the rounding
+        assert relative(got.column(name), wanted.column(name)) < near, name
+        assert relative(got.column(name, "eval_"), wanted.column(name, "eval_")) < near, f"eval_{name}"
+
+
 # Adam divides by the root of gradients that are near zero at first, which makes much of a rounding.
 TOLERANCE_OF_ADAM = 1e-4
 

@@ -87,8 +87,14 @@ class Runs:
             write_records(folder / f"even-{name}.jsonl", 24, weights=weights)
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
             write_records(folder / f"eval-{name}.jsonl", 7, seed=7, weights=weights)
+        write_records(folder / "eval-many.jsonl", 400, seed=8)
         self._made: dict[str, Run] = {}
         self._planned: dict[str, dict[str, list[str]]] = {engine: {} for engine in (*ENGINES, *ZERO)}
+
+    def in_bfloat16(self, batch):
+        """With one evaluation of more batches than bfloat16 can count."""
+        many = {"eval_dataset": self.folder / "eval-many.jsonl", "eval_strategy": "steps", "eval_steps": 20}
+        return {"bf16": True, "per_device_eval_batch_size": batch, **many}
 
     def options(self, arm, data, form):
         kind = "plain" if arm in ("mle", "dft") else "weighted"

@@ -28,7 +28,12 @@ HASHED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Options:
-    """How a sweep is decoded, as the user says; see `decode_sweep`. `limits` are sentences and tokens a batch."""
+    """How a sweep is decoded, as the user says; see `decode_sweep`.
+
+    Attributes:
+        limits: sentences and tokens a batch.
+        num_processes: on this machine.
+    """
 
     backend: str
     device: str | None
@@ -36,6 +41,8 @@ class Options:
     trust_remote_code: bool
     compute_type: str | None
     limits: tuple[int | None, int | None]
+    gpu_memory_utilization: float | None = None
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,10 @@ def _choose(
         facts["backend_chosen_because"] = reason
     kind = get_backend(backend)
     _check_compute_type(options.compute_type, options.dtype, kind())
+    share = options.gpu_memory_utilization
+    kind().check_gpu_memory(share, device, options.num_processes)
     dtype = options.compute_type or choose_dtype(checkpoint, device, options.dtype)
-    return Engine(backend, checkpoint, device, dtype, options.trust_remote_code, _module(kind)), facts
+    return Engine(backend, checkpoint, device, dtype, options.trust_remote_code, _module(kind), share), facts
 
 
 def _module(kind: type[Backend]) -> str:

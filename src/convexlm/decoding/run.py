@@ -121,6 +121,7 @@ def decode_sweep(
     token_budget: int | None = None,
     trust_remote_code: bool = False,
     compute_type: str | None = None,
+    gpu_memory_utilization: float | None = None,
     num_processes: int = 1,
     leader: Leader | None = None,
     note: Callable[[str], None] | None = None,
@@ -146,6 +147,8 @@ def decode_sweep(
             None: what fits a GPU, 32768 on a CPU.
         trust_remote_code: let the checkpoint run its own Python code.
         compute_type: what the `ctranslate2` backend computes in, `int8` for instance, in place of `dtype`.
+        gpu_memory_utilization: the share of a GPU's memory that a process of the `vllm` backend takes; None: its
+            own.
         num_processes: processes on this machine that share the work out; on a machine with GPUs they take these in
             turn. Files do not depend on it.
         leader: brings in the workers of other ranks, see `convexlm.decoding.ranks`.
@@ -166,7 +169,8 @@ def decode_sweep(
         raise UserError(f"the token budget of a batch must be at least 1, not {token_budget}")
     if isinstance(num_processes, bool) or num_processes < 1:
         raise UserError(f"num_processes must be a whole number, at least 1, not {num_processes!r}")
-    options = Options(backend, device, dtype, trust_remote_code, compute_type, (batch_size, token_budget))
+    limits, memory = (batch_size, token_budget), gpu_memory_utilization
+    options = Options(backend, device, dtype, trust_remote_code, compute_type, limits, memory, num_processes)
     sweep = _Sweep(entries, progress, finished)
     sweep.begin(prepare(entries, options, note, get_backend), num_processes + (leader.others if leader else 0))
     with contextlib.ExitStack() as stack:

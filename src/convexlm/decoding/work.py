@@ -42,6 +42,7 @@ class Engine:
 
     Attributes:
         module: where the backend is defined, for processes that have not imported it.
+        gpu_memory_utilization: of backends that have it, if the user gave it.
     """
 
     backend: str
@@ -50,6 +51,7 @@ class Engine:
     dtype: str
     trust_remote_code: bool
     module: str = ""
+    gpu_memory_utilization: float | None = None
 
     def make(self) -> Backend:
         """The backend, not yet loaded."""
@@ -141,7 +143,10 @@ class Worker:
         self.close()
         engine = load.engine
         backend = self._backend = self._make(engine)
-        backend.load(engine.checkpoint, engine.device, engine.dtype, trust_remote_code=engine.trust_remote_code)
+        share = engine.gpu_memory_utilization
+        more: dict[str, Any] = {} if share is None else {"gpu_memory_utilization": share}
+        more["trust_remote_code"] = engine.trust_remote_code
+        backend.load(engine.checkpoint, engine.device, engine.dtype, **more)
         self._works = load.works
         self._encoded = {number: _encode(work, backend) for number, work in load.works.items()}
         sizes = {}

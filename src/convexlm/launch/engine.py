@@ -36,12 +36,12 @@ def set_up(config: Any) -> None:
         # transformers would split every batch over them in this one process (nn.DataParallel).
         note(f"  one of {config.n_gpu} GPUs is used; --num_processes {config.n_gpu} takes all")
         config._n_gpu = 1
-    if _asks_for_fsdp() and config.device.type == "cpu":
+    if _asks_for_fsdp(config) and config.device.type == "cpu":
         _allow_fsdp_on_cpu(found)
 
 
 def refuse_another_engine(
-    output_dir: str | Path, *, resume: bool, zero_stage: int | None = None, processes: int = 1
+    output_dir: str | Path, *, resume: bool, zero_stage: int | None = None, processes: int = 1, config: Any = None
 ) -> None:
     """See that a checkpoint to go on from was written by an engine that this one can read.
 
@@ -50,6 +50,7 @@ def refuse_another_engine(
         resume: whether one is to be gone on from.
         zero_stage: the stage of ZeRO to train under; None without DeepSpeed.
         processes: how many train together.
+        config: the training options.
 
     Raises:
         UserError: it was not, where transformers would stop in the middle of loading; or it holds code.
@@ -73,7 +74,7 @@ def refuse_another_engine(
             )
         refuse_code(folder)
         return
-    by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp()
+    by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp(config)
     if by_fsdp and not with_fsdp and (zero_stage is not None or not is_whole_of_fsdp(last)):
         raise UserError(
             f"{last} was saved under FSDP{'' if zero_stage is not None else ' as shards'}, which only FSDP can go on "
@@ -87,7 +88,9 @@ def refuse_another_engine(
         )
 
 
-def _asks_for_fsdp() -> bool:
+def _asks_for_fsdp(config: Any) -> bool:
+    if getattr(config, "fsdp", None):  # --fsdp, of transformers
+        return True
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

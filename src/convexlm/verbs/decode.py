@@ -111,6 +111,12 @@ def make_parser(prog: str) -> VerbParser:
         help="most tokens of a batch whose keys and values are held: prompts, and the longest answers over all beams "
         "(default: what fits the GPU; 32768 on a CPU)",
     )
+    machine.add_argument(
+        "--gpu_memory_utilization",
+        type=float,
+        metavar="SHARE",
+        help="of the vllm backend: the share of a GPU's memory that a process takes (default: vLLM's own, most of it)",
+    )
     machine.add_argument("--device", help="torch device (default: the first GPU, else the CPU)")
     machine.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's; float32 on a CPU)")
     machine.add_argument("--trust_remote_code", action="store_true", help="run the checkpoint's own Python code")
@@ -176,6 +182,7 @@ def _run(args: argparse.Namespace, leader: Leader | None) -> dict[str, Any]:
             token_budget=args.token_budget,
             trust_remote_code=args.trust_remote_code,
             compute_type=args.compute_type,
+            gpu_memory_utilization=args.gpu_memory_utilization,
             num_processes=1 if leader or args.num_processes is None else args.num_processes,
             leader=leader,
             note=_note,

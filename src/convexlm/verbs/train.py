@@ -124,6 +124,7 @@ def train_here(values: dict[str, Any], *, resume: bool, title: str = "train") ->
         resume=resume,
         zero_stage=int(plugin.zero_stage) if plugin is not None else None,
         processes=config.world_size,
+        config=config,
     )
     opening = f"precision {choose_precision(values)}"
     if str(getattr(config.save_strategy, "value", config.save_strategy)) == "no":

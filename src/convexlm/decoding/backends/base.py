@@ -83,9 +83,23 @@ class Backend(ABC):
             UserError: naming the library and how to install it.
         """
 
+    def check_gpu_memory(self, share: float | None, device: str, num_processes: int) -> None:
+        """Refuse a `gpu_memory_utilization` that this backend does not have, or that does not go with the rest.
+
+        Args:
+            share: of a GPU's memory, for one process; None: the backend's own.
+            device: as of `load`; `cuda`: processes take the GPUs in turn.
+            num_processes: on this machine.
+
+        Raises:
+            UserError: naming the option.
+        """
+        if share is not None:
+            raise UserError(f"the {self.name} backend has no gpu_memory_utilization; the vllm backend does")
+
     @abstractmethod
     def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
-        """Load model and tokenizer.
+        """Load model and tokenizer; a backend with a `gpu_memory_utilization` gets that too, if the user gave it.
 
         Args:
             checkpoint: a folder that `check_checkpoint` accepts.

