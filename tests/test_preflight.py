@@ -13,6 +13,7 @@ from convexlm.errors import UserError
 from convexlm.pipeline import run_recipe
 from convexlm.plan import make_plan
 from convexlm.recipe import Recipe, load_recipe
+from convexlm.spelled_config import spelled_config
 from convexlm.testsets import TestSet
 from pipeline_helpers import recipe_with, write_recipe
 
@@ -48,11 +49,11 @@ def with_file(tmp_path: Path, count: int, **changes: Any) -> Recipe:
 
 def test_older_names_of_a_configs_keys_are_known(tmp_path: Path) -> None:
     older = {"model__config__rope_theta": 5e5, "model__config__torch_dtype": "float32"}
-    config = preflight.spelled_config(load(tmp_path, **older, model__config__architectures=["LlamaForCausalLM"]))
+    config = spelled_config(load(tmp_path, **older, model__config__architectures=["LlamaForCausalLM"]))
     assert config.rope_parameters["rope_theta"] == 5e5
     scaled = {"model__config__rope_theta": 5e5, "model__config__rope_scaling": {"type": "linear", "factor": 2.0}}
     recipe = load(tmp_path, **scaled)
-    assert preflight.spelled_config(recipe).rope_parameters["rope_theta"] == 5e5
+    assert spelled_config(recipe).rope_parameters["rope_theta"] == 5e5
     assert recipe.model["config"]["rope_scaling"] == {"type": "linear", "factor": 2.0}, "left as it was given"
 
 
@@ -112,6 +113,12 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"decode__compute_type": "int8"}, "the hf backend has no `int8`; `ctranslate2` has them"),
         ({"decode__compute_type": "int7", "decode__backend": "auto"}, "the ctranslate2 backend has no `int7`; known:"),
         ({"decode__compute_type": "int8", "decode__backend": "auto", "decode__dtype": "float32"}, "not both"),
+        (
+            {"decode__searches": [{"num_beams": 1}]},
+            "max_new_tokens 256 leaves no room for a prompt: the model has 128",
+        ),
+        ({"model__config__hidden_size": 0}, "model.config: no model can be made of it (ZeroDivisionError:"),
+        ({"model__config__hidden_act": "foo"}, "model.config: no model can be made of it (KeyError: "),
         ({"decode__gpu_memory_utilization": 0.5}, "the hf backend has no gpu_memory_utilization; the vllm backend"),
         ({"arms__convex__label_smoothing_factor": 0.1}, "arm `convex`: `label_smoothing_factor` goes with"),
         ({"arms__convex__loss_type": "dft"}, "arm `convex`: `loss_type='dft'` is TRL's"),

@@ -58,6 +58,7 @@ def test_another_recipe_is_refused_with_the_first_difference(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.claim(load(tmp_path))
+    mark_as_trained(folder, "convex.seed1")
     before = folder.recipe.read_bytes()
     other = load(tmp_path, **changes)
     for claim in (folder.check, folder.claim):
@@ -67,6 +68,57 @@ def test_another_recipe_is_refused_with_the_first_difference(
         assert str(folder.path) in str(error.value)
     assert folder.recipe.read_bytes() == before
     assert identity_sha256(other) != identity_sha256(load(tmp_path))
+
+
+def mark_as_trained(folder: RunFolder, run: str) -> None:
+    (folder.path / "train" / run).mkdir(parents=True)
+    (folder.path / "train" / run / "done.json").write_text("{}")
+
+
+def test_an_arm_of_which_nothing_is_trained_may_be_mended_or_left_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(load(tmp_path))
+    for run in ("base.seed1", "mle.seed1", "convex.seed2"):
+        mark_as_trained(folder, run)
+    folder.claim(load(tmp_path, arms__new={"objective": "convex", "k": 2.0, "learning_rate": 1e30}))
+    (folder.path / "train" / "new.seed1").mkdir()  # it was begun, and left no checkpoint
+    mended = load(tmp_path, arms__new={"objective": "convex", "k": 2.0, "learning_rate": 0.01})
+    assert folder.check(mended) is False
+    folder.claim(mended)
+    assert yaml.safe_load(folder.recipe.read_text())["arms"]["new"]["learning_rate"] == 0.01
+    folder.claim(load(tmp_path))
+    assert "new" not in yaml.safe_load(folder.recipe.read_text())["arms"]
+    folder.claim(mended)
+    (folder.path / "train" / "new.seed1" / "checkpoint-3").mkdir()
+    for other in (load(tmp_path), load(tmp_path, arms__new={"objective": "dft"})):
+        with pytest.raises(UserError, match="belongs to another recipe: `arms.new"):
+            folder.check(other)
+
+
+def test_what_a_killed_call_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    names = ("data/.train.jsonl.x1.tmp", "train/mle/.done.json.x2.tmp", ".comparison.json.x3.tmp")
+    kept = ("data/train.jsonl", "data/mine.tmp", ".report.html.x4.tmp", "train/mle/checkpoint-3/.x.tmp")
+    for name in (*names, *kept):
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).touch()
+    with folder.lock():
+        assert not any((folder.path / name).exists() for name in names)
+        assert all((folder.path / name).exists() for name in kept)
+
+
+def test_the_decoding_may_be_another_until_something_is_decoded(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(load(tmp_path))
+    mark_as_trained(folder, "base.seed1")
+    other = load(tmp_path, decode__searches=[{"num_beams": 4, "max_new_tokens": 8}])
+    assert folder.check(other) is False
+    folder.claim(other)
+    assert folder.check(other) is True
+    (folder.path / "decode" / "mle.seed1" / "checkpoint-3").mkdir(parents=True)
+    (folder.path / "decode" / "mle.seed1" / "checkpoint-3" / "toy.en-de.beam4.jsonl.part").touch()
+    with pytest.raises(UserError, match="belongs to another recipe: `decode.searches"):
+        folder.check(load(tmp_path))
 
 
 def test_a_run_goes_on_with_another_number_of_decoding_processes(tmp_path: Path) -> None:

@@ -97,6 +97,13 @@ def _main(argv: Sequence[str] | None) -> int:
         return _stopped(prog, signal.SIGINT)
     except _Terminated:
         return _stopped(prog, signal.SIGTERM)
+    except Exception as error:
+        from convexlm.disk import disk_failure
+
+        if (said := disk_failure(error)) is None:
+            raise
+        print(f"{prog}: {said}", file=sys.stderr)
+        return EXIT_FAILED
     if os.environ.get("RANK", "0") != "0":
         return EXIT_DONE  # under a launcher, one process speaks for all
     try:

@@ -234,7 +234,10 @@ def imported_rows(path: Path, scored: Sequence[dict[str, Any]]) -> list[dict[str
     if not path.is_file():
         return []
     now = {(_place(row), row.get("hypotheses_sha256")) for row in scored}
-    old = read_jsonl(path, torn_last_line_ok=True)
+    try:
+        old = list(read_jsonl(path, torn_last_line_ok=True))
+    except UserError as error:  # they cannot be computed again here
+        raise UserError(f"{error}; mend or delete it (imported scores are lost with it: import them again)") from None
     return [row for row in old if row.get("imported") and (_place(row), row.get("hypotheses_sha256")) in now]
 
 

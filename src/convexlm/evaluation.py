@@ -359,5 +359,14 @@ def _corpora(final: Sequence[Decoded]) -> list[dict[str, Any]]:
 
 
 def read_scores(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of `scores.jsonl`."""
-    return list(read_jsonl(folder.scores))
+    """The rows of `scores.jsonl`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return list(read_jsonl(folder.scores))
+    except UserError as error:
+        raise UserError(
+            f"{error}; delete it, and `convexlm run` makes it anew (scores that were imported: import them again)"
+        ) from None

@@ -30,6 +30,7 @@ from convexlm.preflight import (
 )
 from convexlm.progress import note
 from convexlm.recipe import DATA_OPTIONS, is_whole
+from convexlm.run_checks import check_decoded, check_lengths
 from convexlm.run_data import dataset_of, prepare_data, write_references
 from convexlm.runs import DONE_FILE, RunFolder, TrainedRun, identity_sha256, read_done, run_name, trained_runs
 from convexlm.sweep import decode_stage
@@ -79,7 +80,10 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
         runs, hashes = trained_runs(recipe), InputHashes()
         _check_all_begun(recipe, folder, runs, hashes)  # before the folder takes what the recipe has got more
         folder.claim(recipe)
+        check_decoded(folder, [*test_sets, *validation_sets])
         note(f"[1/5] data  {prepare_data(recipe, folder)}")
+        if any(not (folder.train(run) / DONE_FILE).exists() for run in runs):
+            check_lengths(recipe, folder, [*test_sets, *validation_sets])
         write_references(folder, [*test_sets, *validation_sets])
         with _trainer(recipe) as train:
             for number, run in enumerate(runs, start=1):
@@ -267,7 +271,9 @@ def _report(folder: RunFolder) -> None:
     """Write the report; one that says the same already is left as it is."""
     from convexlm.report import write_report
 
-    fresh = write_report(folder.path, folder.path / ".report.html")
+    beside = folder.path / ".report.html"
+    beside.unlink(missing_ok=True)  # of a call that was killed here
+    fresh = write_report(folder.path, beside)
     if folder.report.exists() and folder.report.read_bytes() == fresh.read_bytes():
         fresh.unlink()
     else:

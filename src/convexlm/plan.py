@@ -24,9 +24,9 @@ from convexlm.preflight import (
     check_files,
     check_trainings,
     load_scored_set,
-    spelled_config,
 )
 from convexlm.runs import RunFolder, trained_runs
+from convexlm.spelled_config import spelled_config
 from convexlm.testsets import NotAtHandError, name_in_files
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
-from convexlm.options import did_you_mean
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.same_sentences import check_whole
 from convexlm.scoring import Scorer, said_of_words
+from convexlm.spelled_config import check_model_of, spelled_config
 from convexlm.sweep import read_instruction
 from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction
 from convexlm.testsets import TestSet, load_test_set
@@ -100,48 +99,6 @@ def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
             note(said)
 
 
-def spelled_config(recipe: Recipe) -> Any:
-    """The config of a new model that a recipe spells out; None where it starts from one that there is.
-
-    Raises:
-        UserError: transformers can make no config of it, or no causal language model of the config.
-    """
-    spelled = recipe.model.get("config")
-    if not spelled:
-        return None
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    values = copy.deepcopy(dict(spelled))  # transformers writes into nested ones
-    model_type = str(values.pop("model_type", None))
-    try:
-        config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
-    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {' '.join(str(error).split())[:200]}") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model.config: transformers has no causal language model of the type `{config.model_type}`")
-    _refuse_unknown_keys(model_type, values, config)
-    return config
-
-
-def _refuse_unknown_keys(model_type: str, values: dict[str, Any], config: Any) -> None:
-    """See that every key makes a difference: transformers keeps one that it does not know, and takes its default.
-
-    Raises:
-        UserError: a key is neither the config's nor an older name of another.
-    """
-    from transformers import AutoConfig
-
-    plain = AutoConfig.for_model(model_type)
-    known = {*plain.to_dict(), *plain.attribute_map}
-    for name in sorted(values.keys() - known):
-        rest = copy.deepcopy({key: value for key, value in values.items() if key != name})
-        without = AutoConfig.for_model(model_type, **rest).to_dict()
-        if all(value == without.get(key) for key, value in config.to_dict().items() if key != name):
-            meant = did_you_mean(name, known)
-            raise UserError(f"model.config: a config of the type `{model_type}` has no `{name}`{meant}")
-
-
 def check_files(recipe: Recipe) -> dict[str, int]:
     """Read the data and the instruction that a recipe names, and look for its model.
 
@@ -179,7 +136,8 @@ def check_files(recipe: Recipe) -> dict[str, int]:
             raise UserError(f"{where} {dataset}: no such file")
     if recipe.model.get("tokenizer") == "tinyworld" and not isinstance(recipe.data["dataset"], dict):
         raise UserError(NO_CORPUS)
-    spelled_config(recipe)
+    if (config := spelled_config(recipe)) is not None:
+        check_model_of(config)
     model = recipe.model.get("model_name_or_path")
     if model and model.startswith(("/", "./", "../")) and not Path(model).exists():
         raise UserError(f"model.model_name_or_path {model}: no such folder")
@@ -224,11 +182,14 @@ def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
         here: it will be decoded on this machine, which has to have the backend and the device.
 
     Raises:
-        UserError: an unknown dtype or compute type, a backend that is not installed, or a device that is not here.
+        UserError: an unknown dtype or compute type, more new tokens than the model has positions, a backend that is
+            not installed, or a device that is not here.
     """
     from convexlm.decoding.backends import get_backend
     from convexlm.decoding.checkpoint import choose_dtype
+    from convexlm.run_checks import check_new_tokens
 
+    check_new_tokens(recipe)
     keys = ("backend", "dtype", "compute_type", "device")
     name, dtype, compute_type, device = (recipe.decode.get(key) for key in keys)
     choose_dtype(Path(), "cpu", dtype)

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import importlib.metadata
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.checkpoints import all_checkpoints
 from convexlm.errors import UserError
 from convexlm.files import json_sha256, read_json_object, write_atomic
 from convexlm.options import dump_yaml, load_yaml
@@ -127,14 +129,15 @@ class RunFolder:
     def check(self, recipe: Recipe) -> bool:
         """Whether this folder is the recipe's already; False where there is nothing yet, or less. Writes nothing.
 
-        A recipe with more seeds or more arms than the folder's, and the same in all else, may go on there.
+        A recipe with more seeds or more arms than the folder's, and the same in all else, may go on there. Arms of
+        which nothing is trained yet, and the decoding where nothing is decoded, may be other ones.
 
         Raises:
             UserError: the folder belongs to another recipe, or holds something else.
         """
         if self.recipe.exists():
             theirs, ours = _identity(load_yaml(self.recipe)), _identity(recipe.resolved)
-            difference = _first_difference(_grown(theirs, ours), ours)
+            difference = _first_difference(_grown(self._settled(theirs, ours), ours), ours)
             if difference:
                 raise UserError(
                     f"{self.path} belongs to another recipe: {difference}; choose another --run_dir, or delete it"
@@ -150,6 +153,28 @@ class RunFolder:
                 f"{self.path} holds files but no recipe.yaml, so it is no run folder; choose another --run_dir"
             )
         return False
+
+    def _settled(self, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+        """The folder's recipe with ours in place of what nothing was made with yet."""
+        settled = dict(theirs)
+        if isinstance(theirs.get("arms"), dict):
+            settled["arms"] = {name: arm for name, arm in theirs["arms"].items() if self._is_begun(name)}
+        if not any((self.path / "decode").glob("*/*/*")):
+            settled["decode"] = ours.get("decode")
+        return settled
+
+    def _is_begun(self, arm: str) -> bool:
+        """Whether there is a checkpoint of an arm, with any seed."""
+        train = self.path / "train"
+        places = [train / arm, *train.glob(f"{glob.escape(arm)}.seed*")]
+        return any((place / DONE_FILE).exists() or all_checkpoints(place) for place in places)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what `write_atomic` had begun to write when an earlier call was killed."""
+        for pattern in ("data/.*.tmp", "train/*/.*.tmp", ".selection.json.*.tmp", ".comparison.json.*.tmp"):
+            for path in self.path.glob(pattern):
+                if path.is_file():
+                    path.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -169,6 +194,7 @@ class RunFolder:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another `convexlm run` is at work here") from None
+            self._remove_leftovers()
             yield
         finally:
             os.close(handle)

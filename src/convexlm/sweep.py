@@ -194,6 +194,9 @@ def _decode(
     searches = [Search.from_mapping(one) for one in options]
     entries = []
     for run, checkpoint in todo:
+        if not checkpoint.exists() and _is_decoded(folder, run, checkpoint.name, sets, searches):
+            note(f"{title} {run.name} {checkpoint.name}: it was deleted; its finished files are taken as they are")
+            continue
         settings, instruction = PromptSettings.load(checkpoint), read_instruction(recipe)
         jobs = [
             DecodeJob(
@@ -230,6 +233,33 @@ def _decode(
             finished=finished,
         )
     gc.collect()
+
+
+def _is_decoded(
+    folder: RunFolder, run: TrainedRun, checkpoint: str, sets: Sequence[TestSet], searches: Sequence[Any]
+) -> bool:
+    """Whether all files of a checkpoint that was deleted are there, of these sources and searches, as written.
+
+    Raises:
+        UserError: one is missing or another, and so the checkpoint is.
+    """
+    from convexlm.decoding.store import DecodeStore
+
+    for test_set in sets:
+        for search in searches:
+            path = folder.decode(run, checkpoint, test_set.name, test_set.pair, search.name)
+            known = {
+                "test_set": test_set.name,
+                "pair": test_set.pair,
+                "sources_sha256": text_sha256(test_set.sources),
+                "search": search.settings(),
+            }
+            if DecodeStore(path, known, test_set.ids).finished() is None:
+                raise UserError(
+                    f"{folder.train(run) / checkpoint}: no such folder, and {path} is still to be decoded from it; "
+                    f"put it back, or delete {folder.train(run)} to train {run.name} again"
+                )
+    return True
 
 
 def _decoded(results: list[Any]) -> str:

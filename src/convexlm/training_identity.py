@@ -7,6 +7,7 @@ is all that folders of earlier versions have; what they lack is taken as not kno
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -140,19 +141,32 @@ def check_identity(
             )
     if "options" in kept:
         before, now = kept["options"], identity["options"]
-        if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+        if differing := sorted(key for key in {*before, *now} if not _means(before.get(key), now.get(key))):
             key = differing[0]
             raise UserError(
                 f"{place}: trained with other options: `{key}` was {before.get(key)} and is {now.get(key)} here; "
                 "choose another --run_dir"
             )
-    if done_sha256 is not None and done_sha256[0] != done_sha256[1]:
+    # The hash is of the options as they were spelled; where they are kept themselves, these were compared.
+    known = "options" in kept and "inputs" in kept
+    if done_sha256 is not None and done_sha256[0] != done_sha256[1] and not known:
         raise UserError(f"{place}: trained on other data or from another model; choose another --run_dir")
     if batch and kept.get("global_batch") not in (None, identity["global_batch"]):
         raise UserError(
             f"{place}: trained with a global batch of {kept['global_batch']}, here it is {identity['global_batch']}; "
             "start with as many processes as then (in a new run, `train.global_batch_size` keeps it on any number)"
         )
+
+
+def _means(text: Any, other: Any) -> bool:
+    """Whether two options' texts have one value: `1` is `1.0`, and the keys of a mapping have no order."""
+    if text == other:
+        return True
+    try:
+        one, two = ast.literal_eval(text), ast.literal_eval(other)
+        return bool(one == two) and isinstance(one, bool) == isinstance(two, bool)
+    except (ValueError, SyntaxError, TypeError):
+        return False
 
 
 def _kept(place: Path) -> dict[str, Any]:
@@ -169,10 +183,13 @@ def _kept(place: Path) -> dict[str, Any]:
 
 
 def _plain(options: Mapping[str, Any], folder: RunFolder) -> dict[str, str]:
-    root = str(folder.path)
+    root, depth = str(folder.path), len(folder.path.parts)
 
     def movable(text: str) -> str:
-        return "RUN" + str(Path(text))[len(root) :] if Path(text).is_relative_to(folder.path) else text
+        path = Path(text)
+        # No option names the folder itself; an objective may be called as it is.
+        inside = len(path.parts) > depth and path.is_relative_to(folder.path)
+        return "RUN" + str(path)[len(root) :] if inside else text
 
     return {key: movable(str(value)) for key, value in options.items() if key not in _LEFT_OUT}
 

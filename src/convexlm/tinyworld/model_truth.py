@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convexlm.files import write_atomic
+from convexlm.errors import UserError
+from convexlm.files import read_json_object, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,12 +45,18 @@ def truth_of_checkpoint(
     from convexlm.tinyworld import distribution_measures, translations
 
     sources = list(test_set.sources[:SENTENCES])
-    identity = {"checkpoint_sha256": checkpoint_sha256(Path(checkpoint)), "sources_sha256": text_sha256(sources)}
+    identity = {"sources_sha256": text_sha256(sources)}
+    if Path(checkpoint).exists() or cache_file is None:  # what was measured before one was deleted stays
+        identity["checkpoint_sha256"] = checkpoint_sha256(Path(checkpoint))
     identity |= {} if instruction is None else {"instruction_sha256": text_sha256([instruction])}
     if cache_file is not None and Path(cache_file).exists():
-        known = json.loads(Path(cache_file).read_text(encoding="utf-8"))
+        try:
+            known = read_json_object(cache_file)
+        except UserError:  # damaged: made anew
+            known = {}
         if all(known.get(key) == identity.get(key) for key in (*identity, "instruction_sha256")):
             return known
+    identity["checkpoint_sha256"] = checkpoint_sha256(Path(checkpoint))
     truth = [translations(source, test_set.pair) for source in sources]
     model = model_log_probs(checkpoint, sources, [list(one) for one in truth], test_set.pair, instruction)
     measures = distribution_measures(truth, model)
