@@ -189,7 +189,6 @@ def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
     from convexlm.decoding.checkpoint import choose_dtype
     from convexlm.run_checks import check_new_tokens
 
-    check_new_tokens(recipe)
     keys = ("backend", "dtype", "compute_type", "device")
     name, dtype, compute_type, device = (recipe.decode.get(key) for key in keys)
     choose_dtype(Path(), "cpu", dtype)
@@ -212,6 +211,7 @@ def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
         backend.check_gpu_memory(share, taken, recipe.decode.get("num_processes") or 1)
     elif share is not None:
         backend.check_gpu_memory(share, "cuda", 1)
+    check_new_tokens(recipe)
 
 
 def _check_device(name: str, *, here: bool) -> None:

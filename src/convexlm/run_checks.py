@@ -69,7 +69,7 @@ def check_new_tokens(recipe: Recipe) -> None:
         UserError: it has not.
     """
     positions, most = positions_of(recipe), most_new_tokens(recipe)
-    if positions is not None and most >= positions:
+    if positions is not None and most >= positions and any(arm.decode for arm in recipe.arms):
         raise UserError(
             f"decode.searches: max_new_tokens {most} leaves no room for a prompt: the model has {positions} positions"
         )
