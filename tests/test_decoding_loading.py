@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    CartridgeConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    PromptLearningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, XLNetConfig, XLNetLMHeadModel
 
-from convexlm.decoding import decode_jobs
+from convexlm.decoding import checkpoint as checkpoint_module
+from convexlm.decoding import decode_jobs, loading
 from convexlm.decoding.checkpoint import check_checkpoint, is_adapter
 from convexlm.errors import UserError
 from convexlm.tokenization import PromptSettings, decode_text
@@ -180,3 +189,82 @@ def test_a_prompt_that_a_tokenizer_does_not_take_is_named(
     job = replace(make_job(tmp_path / "out.jsonl", ["house", source]), instruction="")
     with pytest.raises(UserError, match=f"^tiny en-de greedy: the prompt of sentence 1.*{message}"):
         decode_jobs(folder, [replace(job, settings=PromptSettings(template))], device="cpu")
+
+
+def cartridge(base: Path, folder: Path) -> Any:
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+def test_every_kind_of_virtual_tokens_is_refused_and_no_other():
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    wanted = {kind for kind, config in kinds.items() if issubclass(config, PromptLearningConfig)} | {"CPT"}
+    assert "CARTRIDGE" in wanted
+    assert {kind for kind in [*kinds, "NONESUCH"] if checkpoint_module._has_virtual_tokens(kind)} == wanted
+
+
+def test_a_kind_of_virtual_tokens_that_is_not_listed_is_known_from_peft(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint_module, "_VIRTUAL_TOKENS", ())
+    assert checkpoint_module._has_virtual_tokens("CARTRIDGE")
+    assert not checkpoint_module._has_virtual_tokens("LILY")
+
+
+def test_adapters_whose_base_model_alone_would_answer_are_refused(checkpoint: Path, tmp_path: Path):
+    cartridge(checkpoint, tmp_path / "cartridge")
+    with pytest.raises(UserError, match=r"CARTRIDGE \(virtual tokens\) cannot be used here"):
+        answers(tmp_path / "cartridge")
+    make_adapter(checkpoint, tmp_path / "activated", alora_invocation_tokens=[40, 41])
+    with pytest.raises(UserError, match=r"an activated LoRA .*cannot be merged.*run it with PEFT, or train a plain"):
+        answers(tmp_path / "activated")
+
+
+def test_an_adapter_that_works_outside_of_the_layers_is_found_by_trying(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever its kind is called: the base model alone gives other logits than PEFT's."""
+    cartridge(checkpoint, tmp_path / "cartridge")
+    monkeypatch.setattr(checkpoint_module, "_has_virtual_tokens", lambda kind: False)
+    with pytest.raises(UserError, match="cannot be put on its base model .*kind CARTRIDGE works outside of the model"):
+        answers(tmp_path / "cartridge")
+
+
+def test_an_adapter_whose_layers_need_more_than_a_text_is_refused(checkpoint: Path, tmp_path: Path):
+    """Poly's want to be told the task, which nobody does here."""
+    config = PolyConfig(target_modules=["q_proj"], n_tasks=3, n_skills=2, r=2, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be put on its base model .*task_ids should not be None"):
+        answers(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trying_an_adapter_leaves_the_model_and_the_random_state(checkpoint: Path, tmp_path: Path, dtype: Any):
+    made = make_adapter(checkpoint, tmp_path / "adapter", lora_dropout=0.5)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
+    torch.set_rng_state(state)
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    loading._all_in_layers(whole)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
+    loaded, ids = loading.load_model(tmp_path / "adapter", "cpu", dtype), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        found, wanted = loaded(ids).logits.float(), made.to(dtype)(ids).logits.float()
+    assert torch.allclose(found, wanted, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_config_that_writes_no_limit_as_minus_one(tmp_path: Path):
+    """XLNet has no limit of positions, and says -1."""
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=420, **shape, bos_token_id=1, eos_token_id=2, pad_token_id=3))
+    assert model.config.max_position_embeddings == -1
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert len(answers(tmp_path, max_new_tokens=2)) == len(FEW)

@@ -13,7 +13,7 @@ _PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json"),
     *("tokenizer*", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "chat_template*", "*.py"),
 )
-_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 _NAMES = ("convexlm.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -61,7 +61,7 @@ def check_checkpoint(folder: Path) -> None:
 
     Raises:
         UserError: no such folder, no config, weights missing (or there only as pickles, which are not loaded), a whole
-            model and an adapter in one folder, or an adapter that works by virtual tokens.
+            model and an adapter in one folder, or an adapter that works by virtual tokens or from some tokens on.
     """
     if not folder.exists():
         raise UserError(f"{folder}: no such checkpoint folder")
@@ -70,11 +70,18 @@ def check_checkpoint(folder: Path) -> None:
     if is_adapter(folder):
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors)")
-        kind = str(read_json_object(folder / "adapter_config.json").get("peft_type")).upper()
-        if kind in _VIRTUAL_TOKENS:
+        config = read_json_object(folder / "adapter_config.json")
+        kind = str(config.get("peft_type")).upper()
+        if _has_virtual_tokens(kind):
             raise UserError(
                 f"{folder}: adapters of the kind {kind} (virtual tokens) cannot be used here, where the base model's "
                 "weights alone would answer"
+            )
+        if config.get("alora_invocation_tokens"):
+            raise UserError(
+                f"{folder}: an activated LoRA (alora_invocation_tokens), which works in PEFT's own model only and "
+                "cannot be merged, so that the base model alone would answer here; run it with PEFT, or train a plain "
+                "LoRA"
             )
         return
     if (folder / "adapter_config.json").is_file() and _has_whole_model(folder):
@@ -94,6 +101,18 @@ def check_checkpoint(folder: Path) -> None:
         pickles = any(folder.glob("pytorch_model*.bin"))
         hint = "; its .bin files are pickles: save it again as safetensors, with save_pretrained" if pickles else ""
         raise UserError(f"{folder}: weights missing (no model.safetensors){hint}")
+
+
+def _has_virtual_tokens(kind: str) -> bool:
+    """Whether an adapter's kind puts virtual tokens before the text: PEFT is asked about kinds that are not listed."""
+    if kind in _VIRTUAL_TOKENS or kind == "LORA":  # PEFT takes seconds to import, and nearly all adapters are LoRA
+        return kind in _VIRTUAL_TOKENS
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
+    except ImportError:
+        return False
+    config = {str(name.value).upper(): found for name, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind, object)
+    return issubclass(config, PromptLearningConfig) or getattr(config, "is_prompt_learning", None) is True
 
 
 def base_of_adapter(folder: Path) -> Path:

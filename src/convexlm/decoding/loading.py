@@ -47,8 +47,8 @@ def load_model(
     An adapter stays beside its base model's weights unless `merge_adapter` adds it to them.
 
     Raises:
-        UserError: it cannot be loaded, or its weights do not cover the model (transformers would go on with random
-            numbers in their place).
+        UserError: it cannot be loaded, its weights do not cover the model (transformers would go on with random
+            numbers in their place), or an adapter does part of its work outside of the base model's layers.
     """
     folder = base_of_adapter(checkpoint) if is_adapter(checkpoint) else checkpoint
     # Weights go straight to a GPU, without a copy of the model in main memory.
@@ -61,7 +61,7 @@ def load_model(
         put = adapters.merge_adapter if merge_adapter else PeftModel.get_base_model
         model = or_refuse(
             f"{checkpoint}: the adapter cannot be put on its base model {folder}",
-            lambda: put(with_adapter(model, checkpoint, device)),
+            lambda: put(_all_in_layers(with_adapter(model, checkpoint, device))),
         )
     return model.eval()
 
@@ -131,6 +131,56 @@ def with_adapter(model: Any, adapter: Path, device: str) -> Any:
     if left_out := _of_other_layers(unexpected, whole):
         raise ValueError(f"the model has no place for {len(left_out)} of its weights, such as {left_out[0]}")
     return whole
+
+
+def _all_in_layers(whole: Any) -> Any:
+    """The adapted model, if its base model with the adapter in its layers gives the same logits for a few tokens.
+
+    An adapter may work in PEFT's own forward pass, too, which decoding and measuring leave out.
+
+    Args:
+        whole: a `PeftModel`; its weights and the random state stay as they are.
+
+    Raises:
+        ValueError: the logits differ, or only PEFT's forward pass fails.
+        RuntimeError, TypeError, IndexError: or the adapted layers do, in need of something that they are not given.
+    """
+    import torch
+
+    base = whole.eval().get_base_model()
+    size = base.config.get_text_config().vocab_size
+    ids = torch.tensor([[(2 * place + 1) * size // 16 for place in range(8)]], device=base.device)
+
+    def last(model: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits[0, -1].float()
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        try:
+            wanted = last(base)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            _unless_no_room(error)
+            try:
+                with whole.disable_adapter():
+                    last(base)
+            except Exception:
+                return whole  # it is not the adapter: these tokens say nothing of this model
+            raise
+        found = last(whole)
+    # The same passes, so that only a kernel's rounding may differ; NaN is told elsewhere.
+    tolerance = 0.1 if base.dtype.itemsize < 4 else 1e-3
+    if bool(((found - wanted).abs() > tolerance * wanted.std()).any()):
+        kind = whole.active_peft_config.peft_type
+        raise ValueError(f"an adapter of the kind {getattr(kind, 'value', kind)} works outside of the model's layers")
+    return whole
+
+
+def _unless_no_room(error: Exception) -> None:
+    """Pass on an error of memory that ran out: it says nothing of the model."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if should_reduce_batch_size(error):
+        raise error
 
 
 def _fit_vocabulary(model: Any, adapter: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SCHEMA = 1  # of the files, and of how the numbers in them are computed
+SCHEMA = 2  # of the files, and of how the numbers in them are computed
 
 
 def cache_path(checkpoint_sha256: str, rows: Sequence[dict[str, Any]], *, device: str, dtype: str) -> Path:

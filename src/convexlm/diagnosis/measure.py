@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from convexlm.diagnosis.batches import NOTES, padded, plan_batches, rows_together
 from convexlm.errors import UserError
 from convexlm.fused_forward import logit_transform, vocabulary_rows
 from convexlm.head_scores import TokenScores, token_scores
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
-
-TOKENS_A_BATCH = {"cpu": 4096, "cuda": 32768}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +64,13 @@ def measure(
     eos_token_id: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """The log-probabilities of all targets, in batches of rows of about one length and without gradients.
 
     Target positions go through the fused head, so the logits of a whole batch are never held. Log-probabilities are
-    taken in float32, whatever the model computes in (float64 for a float64 model).
+    taken in float32, whatever the model computes in (float64 for a float64 model). Where a row's numbers depend on the
+    batch's other rows, it is measured without them (see `rows_together`).
 
     Args:
         model: a causal model of transformers, in evaluation mode.
@@ -78,6 +79,7 @@ def measure(
         batch_size: rows a batch; None: as many as a fixed number of tokens allows. It changes no result beyond
             rounding.
         progress: called with rows done, all rows, and seconds so far.
+        note: is told why rows are not measured together.
 
     Raises:
         UserError: a token's log-probability is not a number (an overflow in float16, or a broken checkpoint), or
@@ -93,10 +95,13 @@ def measure(
     with torch.inference_mode():
         try:
             fused = _check_head(model, rows, device)
+            together = rows_together(model)
         except (RuntimeError, MemoryError) as error:
             _halves([0], error)
             raise
-        pending = _batches([len(row["input_ids"]) for row in rows], batch_size, device.type)[::-1]
+        if together in NOTES:
+            note(NOTES[together])
+        pending = plan_batches([len(row["input_ids"]) for row in rows], batch_size, device.type, together)[::-1]
         while pending:
             batch = pending.pop()
             try:
@@ -125,18 +130,6 @@ def measure(
     )
 
 
-def _batches(lengths: Sequence[int], batch_size: int | None, device: str) -> list[list[int]]:
-    """Rows in batches, the longest first: what does not fit into memory shows at the start."""
-    budget = TOKENS_A_BATCH.get(device, TOKENS_A_BATCH["cpu"])
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches = []
-    while order:
-        size = batch_size or max(1, budget // lengths[order[0]])
-        batches.append(order[:size])
-        order = order[size:]
-    return batches
-
-
 def _halves(batch: list[int], error: Exception) -> list[list[int]]:
     """The two halves of a batch that took too much memory; any other error is raised again."""
     from accelerate.utils.memory import should_reduce_batch_size
@@ -160,6 +153,9 @@ def _check_head(model: Any, rows: Sequence[dict[str, Any]], device: torch.device
     weight = getattr(head, "weight", None)
     if weight is None or weight.device.type == "meta" or getattr(model, "base_model", model) is model:
         return False
+    if model._forward_pre_hooks or model._forward_hooks:
+        # The backbone called alone leaves them out, such as those by which a SHADOW adapter begins its own state.
+        return False
     shortest = [min(rows, key=lambda row: len(row["input_ids"]))]
     (whole, _) = _measure_batch(model, shortest, False, device)[0]
     try:
@@ -174,16 +170,9 @@ def _check_head(model: Any, rows: Sequence[dict[str, Any]], device: torch.device
 def _measure_batch(
     model: Any, rows: Sequence[dict[str, Any]], fused: bool, device: torch.device
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    # Padded at the right, a causal model's states at the real tokens do not see the padding; any id will do for it.
-    ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[number, :length] = torch.tensor(row["input_ids"])
-        labels[number, :length] = torch.tensor(row["labels"])
-        mask[number, :length] = 1
+    ids = padded([row["input_ids"] for row in rows])
+    labels = padded([row["labels"] for row in rows], IGNORE_INDEX)
+    mask = padded([[1] * len(row["input_ids"]) for row in rows])
     labels[:, 0] = IGNORE_INDEX  # nothing comes before the first token, so nothing predicts it
     places, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}

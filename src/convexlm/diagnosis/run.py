@@ -86,7 +86,7 @@ def diagnose(
         source_field=options.source_field,
         judged_field=options.judged_field,
     )
-    limit = _max_length(checkpoint, options, note)
+    limit = _max_length(checkpoints, options, note)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=options.trust_remote_code)
     tokenized = _tokenize(sample, tokenizer, settings, limit)
     if not any(row["weight"] > 0 for row in tokenized.rows):
@@ -192,18 +192,26 @@ def _prompt_settings(checkpoints: Sequence[Path], template: str | None, note: Ca
     return PromptSettings()
 
 
-def _max_length(checkpoint: Path, options: DiagnoseOptions, note: Callable[[str], None]) -> int | None:
-    """The longest row: as asked for, but never more than the model has positions."""
+def _max_length(checkpoints: Sequence[Path], options: DiagnoseOptions, note: Callable[[str], None]) -> int | None:
+    """The longest row: as asked for, but never more than the models have positions, the one with the fewest too."""
     from convexlm.decoding.loading import load_config
 
     if options.max_length is not None and options.max_length < 2:
         raise UserError(f"--max_length must be at least 2, not {options.max_length}")
-    config = load_config(checkpoint, trust_remote_code=options.trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 2:
+    limits: list[tuple[int, Path]] = []
+    for folder in checkpoints:
+        config = load_config(folder, trust_remote_code=options.trust_remote_code).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions >= 2:
+            limits.append((positions, folder))
+    if not limits:
         return options.max_length
+    positions, folder = min(limits, key=lambda limit: limit[0])
+    of = "the model" if folder == checkpoints[0] else str(folder)
     if options.max_length is not None and options.max_length > positions:
-        note(f"--max_length {options.max_length} is more than the model's {positions} positions, which are taken")
+        note(f"--max_length {options.max_length} is more than {of}'s {positions} positions, which are taken")
+    elif options.max_length is None and folder != checkpoints[0]:
+        note(f"records are measured up to {of}'s {positions} positions, with both checkpoints")
     return min(positions, options.max_length or positions)
 
 
@@ -244,6 +252,7 @@ def _measured(
         eos_token_id=end,
         batch_size=options.batch_size,
         progress=progress,
+        note=lambda text: note(f"{checkpoint}: {text}"),
     )
     del model
     if path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     load_plugins(args.plugins)
     objectives = _objectives(args)
     _check_files(args)
+    if args.revision is not None and Path(args.model_name_or_path).exists():
+        raise UserError(f"--revision is of a hub name, and {args.model_name_or_path} is a folder here: leave it out")
 
     from convexlm.decoding.checkpoint import find_checkpoint
     from convexlm.diagnosis.run import DiagnoseOptions, diagnose
@@ -172,8 +175,6 @@ def _label(name: str, objective: Objective, has_k: bool) -> str:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Refuse places that cannot be written to, or would be written over, before a model is loaded."""
-    from pathlib import Path
-
     taken = {Path(args.dataset).resolve(): "--dataset"} if "\0" not in args.dataset else {}
     for option in ("page", "output_file", "records_file"):
         value = getattr(args, option)
@@ -184,9 +185,26 @@ def _check_files(args: argparse.Namespace) -> None:
             if other != f"--{option}":
                 raise UserError(f"--{option} {value}: is the file of {other}; name another")
             try:
-                Path(value).parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--{option} {value}: cannot be written ({error.strerror or error})") from None
+                _try_writing(Path(value))
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"--{option} {value}: cannot be written ({reason})") from None
+
+
+def _try_writing(path: Path) -> None:
+    """Make the file's folder, and beside the file, as `write_atomic` will, one that goes again at once.
+
+    Raises:
+        OSError: one of them cannot be made.
+        ValueError: no file can have such a name.
+    """
+    import os
+    import tempfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    os.unlink(temporary)
 
 
 def _write(option: str, path: str, text: str) -> None:
