@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
         made.plan_on_two(arm, "even", "2x1x32_bfd", WHOLE_ON_TWO["2x1x32_bfd"], "fsdp2")
     made.plan_on_two("lora", "even", "2x2x2", ON_TWO["2x2x2"], "fsdp2")
     for engine in ENGINES:
-        made.plan_on_two("convex", "even", "bf16", {**ON_TWO["2x2x2"], **made.in_bfloat16(2)}, engine)
+        made.plan_on_two("convex", "even", "bf16", {**ON_TWO["2x2x2"], **made.in_bfloat16(5)}, engine)
         made.plan_on_two("convex", "even", "first-half", halfway(2, stop=10), engine)
         half = made.folder / f"two-{engine}-convex-even-first-half"
         made.plan_on_two("convex", "even", "", halfway(2), engine, folder=half, resume=["--resume"])

@@ -111,7 +111,7 @@ def test_lora_under_fsdp2(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_counted_in_bfloat16_is_exact(runs, engine):
-    wanted = runs.get("convex", "even", "bf16-8", {**BATCHES_OF_8["8"], **runs.in_bfloat16(4)})
+    wanted = runs.get("convex", "even", "bf16-8", {**BATCHES_OF_8["8"], **runs.in_bfloat16(10)})
     got = runs.get_on_two("convex", "even", "bf16", engine)
     for prefix, names in (("", ("num_target_tokens", "num_tokens")), ("eval_", ("num_target_tokens",))):
         for name in names:

@@ -87,7 +87,7 @@ class Runs:
             write_records(folder / f"even-{name}.jsonl", 24, weights=weights)
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
             write_records(folder / f"eval-{name}.jsonl", 7, seed=7, weights=weights)
-        write_records(folder / "eval-many.jsonl", 400, seed=8)
+        write_records(folder / "eval-many.jsonl", 200, seed=8)
         self._made: dict[str, Run] = {}
         self._planned: dict[str, dict[str, list[str]]] = {engine: {} for engine in (*ENGINES, *ZERO)}
 
