@@ -179,6 +179,7 @@ class Full(RuntimeError):
         (OSError(errno.EROFS, "Read-only file system", "r"), "r: cannot be used (Read-only file system)"),
         (OSError(errno.ECONNREFUSED, "refused"), None),
         (ValueError("of another kind"), None),
+        (TypeError("f() got an unexpected positional argument"), None),
     ],
 )
 def test_errors_of_the_disk_are_one_line(

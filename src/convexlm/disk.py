@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # torch's writer says nothing of the reason; Rust's libraries (tokenizers, safetensors) put the number into a text.
-_FULL_TEXTS = ("No space left on device", "(os error 28)", "PytorchStreamWriter failed writing", "unexpected pos")
+_FULL_TEXT = re.compile(
+    r"No space left on device|\(os error 28\)|PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos"
+)
 
 
 def disk_failure(error: BaseException) -> str | None:
     """One line for an error of the disk, whoever raised it; None for any other error."""
-    seen: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in seen:
-        seen.append(one)
-        one = one.__cause__ or one.__context__
-    for found in seen:
+    found: BaseException | None = error
+    while found is not None:  # not along `__context__`, where an error that was dealt with may stand
         if isinstance(found, OSError) and found.errno in _CLOSED:
             return f"{found.filename or 'a file'}: cannot be used ({found.strerror})"
         if isinstance(found, OSError) and found.errno in _FULL:
             return _full(found.filename)
-        if any(text in str(found) for text in _FULL_TEXTS):
+        if _FULL_TEXT.search(str(found)):
             return _full(None)
+        found = found.__cause__
     return None
 
 

@@ -79,8 +79,8 @@ def run_recipe(recipe: Recipe, run_dir: str | Path) -> dict[str, Any]:
     with folder.lock():
         runs, hashes = trained_runs(recipe), InputHashes()
         _check_all_begun(recipe, folder, runs, hashes)  # before the folder takes what the recipe has got more
-        folder.claim(recipe)
         check_decoded(folder, [*test_sets, *validation_sets])
+        folder.claim(recipe)
         note(f"[1/5] data  {prepare_data(recipe, folder)}")
         if any(not (folder.train(run) / DONE_FILE).exists() for run in runs):
             check_lengths(recipe, folder, [*test_sets, *validation_sets])

@@ -247,8 +247,8 @@ def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
     if isinstance(seed := found.get("seeds"), int):  # as recipes of one seed were kept before
         found["seeds"] = [seed]
     if isinstance(decode := found.get("decode"), dict):  # any number of processes writes the same files
-        theirs = ("num_processes", "gpu_memory_utilization")  # the machine's
-        found["decode"] = {key: value for key, value in decode.items() if key not in theirs}
+        of_the_machine = ("num_processes", "gpu_memory_utilization")
+        found["decode"] = {key: value for key, value in decode.items() if key not in of_the_machine}
     return found
 
 

@@ -59,7 +59,7 @@ def note_fillers(sampler: Any) -> None:
         sampler: a `BatchRebalanceSampler`.
 
     Raises:
-        RuntimeError: it is made otherwise than those that are known (transformers 5.18 to 5.24).
+        RuntimeError: it is made otherwise than that of transformers 5.23, which is known.
     """
     if not all(hasattr(sampler, name) for name in ("_yield_global_batch", "_assign", "has_tail", "remainder")):
         raise RuntimeError(
