@@ -118,8 +118,8 @@ def run(todo: Sequence[tuple[Path, Path]], overrides: Sequence[str], log: Path, 
             raise SystemExit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(tail))
 
 
-def main() -> None:
-    """Read the command line and run what is not done yet."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_group = parser.add_mutually_exclusive_group(required=True)
     data_group.add_argument("--multi30k", type=Path, help="folder with Multi30k's files")
@@ -151,7 +151,12 @@ def main() -> None:
         type=Path,
         help="file to put the experiment's rows into, in place of its old ones; versions go into FILE-versions.json",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run what is not done yet."""
+    args = parser().parse_args()
     name = args.name or f"multi30k-{args.pair}-" + (
         f"{args.noise}-{round(100 * args.share)}" if args.share else "clean"
     )

@@ -10,17 +10,26 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import read_jsonl  # noqa: E402
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 SEARCHES = ("greedy", "beam5")
 
 
-def compared(rows: list[dict[str, Any]], intervals: list[dict[str, Any]], baseline: str, metric: str) -> list[str]:
-    """Every arm against an arm at the same search: score, difference with its intervals, p, each seed's difference."""
+def compared(
+    rows: list[dict[str, Any]],
+    intervals: list[dict[str, Any]],
+    baseline: str,
+    metric: str,
+    arms: Sequence[str] = (),
+) -> list[str]:
+    """Every arm (or some) against an arm at the same search: score, difference, intervals, p, each seed's."""
     out = [
         "| search | arm | " + metric + " | difference | sentences, 95 % | seeds, 95 % | p | p (Holm) | each seed |",
         "|---|---|--:|--:|---|---|--:|--:|---|",
@@ -37,7 +46,7 @@ def compared(rows: list[dict[str, Any]], intervals: list[dict[str, Any]], baseli
         out.append(f"| {search} | `{baseline}` | {mean(scores):.2f} | | | | | | |")
         for one in same:
             arm, other = one["system"].rsplit(" ", 1)
-            if other != search:
+            if other != search or (arms and arm not in arms):
                 continue
             out.append(
                 f"| {search} | `{arm}` | {one['score']:.2f} | {one['delta']:+.2f} "
