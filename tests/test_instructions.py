@@ -191,7 +191,9 @@ def test_hub_name(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_records("someone/data", split="validation")[0].id == "data[validation]#1"
-    assert asked == [(("someone/data",), {"split": "validation"})], "no code of the dataset's own is let run"
+    assert load_records("someone/data:en[train[:1%]]")[0].id == "data:en[train[:1%]]#1"
+    wanted = [(("someone/data", None), {"split": "validation"}), (("someone/data", "en"), {"split": "train[:1%]"})]
+    assert asked == wanted, "no code of the dataset's own is let run"
     with pytest.raises(UserError, match="someone/none: no such file, and not loadable from the hub .does not exist"):
         load_records("someone/none")
 

@@ -345,8 +345,8 @@ def test_runs_do_not_share_a_repository(tmp_path: Path) -> None:
 
 
 def test_quantized_weights_are_trained_through_an_adapter_only(tiny_llama: Path, tmp_path: Path) -> None:
+    from convexlm.data_options import DataOptions
     from convexlm.plan_training import plan_training
-    from convexlm.training import DataOptions
     from convexlm.training_model import check_model
 
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "say", "input": "one", "output": "two"}]))

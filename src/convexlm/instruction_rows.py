@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.dataset_names import parse_dataset
 from convexlm.errors import UserError
 from convexlm.files import iter_lines, read_text
 
@@ -17,21 +18,25 @@ if TYPE_CHECKING:
 _DATA_SUFFIXES = {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".zip"}
 
 
-def iter_rows(dataset: str | Path, split: str, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
+def iter_rows(dataset: str | Path, split: str | None, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
     """Every record with its id and with where it is, for messages; see `instructions.iter_records`."""
-    path = Path(dataset)
+    name, config, spelled = parse_dataset(dataset)
+    path, split = Path(name), spelled or split or "train"
     try:
         kind = "folder" if path.is_dir() else "file" if path.exists() else ""
     except (OSError, ValueError) as error:  # a name too long for the system, a NUL in it
         raise UserError(f"{dataset!s:.80}: no file name and no dataset name ({error})") from None
     if kind == "file":
+        if config or spelled:
+            raise UserError(f"{dataset}: a file has no configs and no splits; give {name} alone")
         yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path, streaming)
         return
-    if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(dataset))):
+    if not kind and (path.suffix in _DATA_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
         raise UserError(f"{dataset}: no such file")
-    rows = load_dataset(str(dataset), split, is_folder=bool(kind), streaming=streaming)
+    rows = load_dataset(name, split, config=config, is_folder=bool(kind), streaming=streaming)
+    which = f":{config}" if config else ""
     for number, row in enumerate(rows, start=1):
-        yield f"{path.name}[{split}]#{number}", f"{dataset} [{split}], record {number}", row
+        yield f"{path.name}{which}[{split}]#{number}", f"{name}{which} [{split}], record {number}", row
 
 
 def _json_rows(path: Path, streaming: bool = False) -> Iterator[tuple[str, str, Any]]:
@@ -79,8 +84,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Any]]:
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 
 
-def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = False) -> Any:
+def load_dataset(name: str, split: str, *, is_folder: bool, config: str | None = None, streaming: bool = False) -> Any:
     """A split of a folder or hub name, through `datasets`; code that comes with a dataset is never run.
+
+    Args:
+        name: path or hub name, without config and split.
+        split: as `datasets.load_dataset` takes it.
+        is_folder: it is a path.
+        config: one of the dataset's; None: the only one, or its default.
+        streaming: read it as it is needed.
 
     Raises:
         UserError: it cannot be loaded, or has no such split.
@@ -89,21 +101,28 @@ def load_dataset(name: str, split: str, *, is_folder: bool, streaming: bool = Fa
 
     try:
         if is_folder and any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            if config:
+                raise UserError(f"{name}: what `save_to_disk` wrote has no configs, so there is no `{config}`")
             found = datasets.load_from_disk(name)
             if isinstance(found, datasets.DatasetDict):
                 if split not in found:
                     raise UserError(f"{name}: no split `{split}`; there are: {', '.join(found)}")
                 found = found[split]
+            elif split != "train":
+                raise UserError(f"{name}: a single dataset that `save_to_disk` wrote has no split `{split}`")
             return found
         options: dict[str, Any] = {"streaming": True} if streaming else {}
         if is_folder and _is_of_tables(Path(name)):
             # Else the words None, NA, null, nan and others of a text would be no text.
             options |= {"keep_default_na": False, "na_values": {"weight": [""]}}
-        return datasets.load_dataset(name, split=split, **options)
+        return datasets.load_dataset(name, config, split=split, **options)
     except UserError:
         raise
     except Exception as error:  # the library raises its own, the hub client's and pyarrow's errors here
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        lines = (str(error).strip() or type(error).__name__).split("\n")
+        reason = lines[0]
+        if config is None and reason.startswith("Config name is missing"):
+            reason = f"it has several configs, so name one as {name}:CONFIG. {' '.join(lines[1:2])}".strip()
         what = "cannot be loaded as a dataset" if is_folder else "no such file, and not loadable from the hub"
         raise UserError(f"{name}: {what} ({reason})") from None
 

@@ -276,15 +276,16 @@ def _weight(row: Mapping[str, Any]) -> float:
 
 
 def load_records(
-    dataset: str | Path, *, template: str = "alpaca", split: str = "train", max_records: int | None = None
+    dataset: str | Path, *, template: str = "alpaca", split: str | None = None, max_records: int | None = None
 ) -> list[Record]:
     """Read instruction data.
 
     Args:
         dataset: a JSON array, JSON Lines (either plain or `.gz`, told apart by their first character) or `.parquet`
-            file; a folder that `datasets` wrote or can load; or a name on the hub.
+            file; a folder that `datasets` wrote or can load; or a name on the hub. The last two with a config and a
+            split, if there are several: `NAME:CONFIG[SPLIT]`.
         template: the prompt template for formats that do not hold a filled prompt.
-        split: the split of a folder or hub name; a file has none.
+        split: of a folder or hub name whose name does not say it; default: `train`.
         max_records: read the first so many only.
 
     Raises:
@@ -315,7 +316,7 @@ def no_records(dataset: str | Path) -> UserError:
 
 
 def iter_records(
-    dataset: str | Path, *, template: str = "alpaca", split: str = "train", streaming: bool = False
+    dataset: str | Path, *, template: str = "alpaca", split: str | None = None, streaming: bool = False
 ) -> Iterator[tuple[Record, Mapping[str, Any]]]:
     """Records one after another, each with the row it was made of; see `load_records`.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.card_objective import objective_lines, objective_of
 from convexlm.card_text import cell, code, plain
 from convexlm.checkpoints import read_marker, step_of
+from convexlm.dataset_names import dataset_path, parse_dataset
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
@@ -94,10 +95,11 @@ def write_card(
     objective = _mapping(marker, "objective") or objective_of(settings)
     base = public_name(base_model or settings.get("model_name_or_path") or _named_base(checkpoint))
     dataset = public_name(settings.get("dataset") or _mapping(recipe, "data").get("dataset"))
+    known = parse_dataset(dataset).name if dataset else None  # the card's field takes neither config nor split
     scores = _scores(run, checkpoint, arm) if run else []
     kept: dict[str, Any] = {
         "base_model": base if base and _HUB.fullmatch(base) and "/" in base else None,
-        "datasets": [dataset] if dataset and _HUB.fullmatch(dataset) and "/" in dataset else None,
+        "datasets": [known] if known and _HUB.fullmatch(known) and "/" in known else None,
         "license": clean(license_name) if license_name else None,
         "library_name": "peft" if kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -140,7 +142,7 @@ def public_name(value: Any) -> str | None:
     if "://" in raw:  # an address may hold a host or a password that is nobody's business
         return clean(raw.split("?")[0].rstrip("/").rsplit("/", 1)[-1])
     text = clean(raw)
-    local = bool(_LOCAL.match(text)) or Path(text).exists() or text.count("/") > 1
+    local = bool(_LOCAL.match(text)) or dataset_path(text).exists() or text.count("/") > 1
     return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if local else text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.memory import gigabytes
 from convexlm.pipeline import train_options, world_size
@@ -134,7 +135,7 @@ def _data(recipe: Recipe, dataset: Any) -> Data:
         directions = len(dataset.get("directions", ["en-de"]))
         size = int(dataset.get("size", 20000)) // directions * directions
         return Data(min(size, limit) if limit else size, "generated")
-    if Path(dataset).exists():
+    if dataset_path(dataset).exists():
         return count_records(dataset, recipe.data.get("template", "alpaca"), limit)
     # What the recipe says is of the dataset that it names there, not of an arm's own.
     known = recipe.data.get("num_records") if dataset == recipe.data.get("dataset") else None

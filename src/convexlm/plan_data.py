@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 
 SAMPLED_RECORDS = 400
@@ -29,7 +30,7 @@ def count_records(dataset: str, template: str, limit: int | None = None) -> Data
     """
     from convexlm.instructions import iter_records
 
-    if not Path(dataset).exists():
+    if not dataset_path(dataset).exists():
         return Data(limit, "the hub was not asked")
     draw, count = random.Random(0), 0
     sample: list[Any] = []

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
@@ -125,13 +126,14 @@ def check_files(recipe: Recipe) -> dict[str, int]:
             continue
         evaluated = where == "data.eval_dataset"  # whole, whatever `max_records` says
         first_only = streaming and not evaluated
-        if Path(dataset).is_file() or (Path(dataset).exists() and not first_only):
+        path = dataset_path(dataset)
+        if path.is_file() or (path.exists() and not first_only):
             most = None if evaluated else 1 if first_only else limit
             found = len(load_records(dataset, template=template, max_records=most))
             if not (first_only or evaluated):
                 counted[dataset] = found
-        elif not Path(dataset).exists() and (
-            Path(dataset).suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
+        elif not path.exists() and (
+            path.suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
         ):
             raise UserError(f"{where} {dataset}: no such file")
     if recipe.model.get("tokenizer") == "tinyworld" and not isinstance(recipe.data["dataset"], dict):

@@ -66,7 +66,7 @@ def _hints() -> tuple[dict[str, Any], set[str]]:
     from trl import ModelConfig
 
     from convexlm.config import ConvexConfig
-    from convexlm.training import DataOptions
+    from convexlm.data_options import DataOptions
 
     found: dict[str, Any] = {}
     for cls in (DataOptions, ModelConfig, ConvexConfig):

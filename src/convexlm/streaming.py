@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from convexlm.chat_templates import said_of_records
+from convexlm.dataset_names import parse_dataset
 from convexlm.errors import UserError
 from convexlm.instructions import check_max_records, iter_records, no_records
 from convexlm.progress import note
@@ -138,25 +139,39 @@ def _numbered(stream: RecordStream) -> Iterator[tuple[int, dict[str, Any]]]:
 def sources(dataset: str) -> list[str]:
     """The files of a folder of shards, by name; anything else stands for itself.
 
-    As without streaming, those that `datasets` takes for another split than `train` (`test.jsonl`) are left out.
+    As without streaming, those that `datasets` takes for another split (`test.jsonl`) are left out.
     """
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
-    path = Path(dataset)
+    name, config, split = parse_dataset(dataset)
+    path, split = Path(name), split or "train"
     if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return [dataset]
+    if config or _has_configs(path):
+        return [dataset]  # which files those are is for `datasets` to say
     folder = str(path.absolute())
     try:
-        files = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder).get("train", [])
+        files = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder).get(split, [])
     except EmptyDatasetError:
         files = []
     found = sorted(str(file) for file in files if str(file).endswith(SHARDS))
     if not found:
         raise UserError(
             f"{dataset}: no shards to train on there; looked for *{', *'.join(SHARDS)}, and where a file is named as "
-            "one of a split (test, validation), for those of `train`"
+            f"one of a split (test, validation), for those of `{split}`"
         )
     return found
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether the folder's README says which files are which config's and split's (`configs:`)."""
+    from huggingface_hub import DatasetCard
+
+    readme = folder / "README.md"
+    try:
+        return readme.is_file() and "configs" in DatasetCard.load(readme).data
+    except (OSError, ValueError):
+        return True  # `datasets` says what is wrong with it
 
 
 def shuffled(items: Iterable[Any], size: int, random: Random) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from convexlm.checkpoints import (
     rotate,
     step_of,
 )
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import Stopped, UserError, first_line, without_worker_traceback
 from convexlm.interrupts import SignalWatch, signal_name
 from convexlm.output_folder import held, refuse_checkpoints
@@ -39,48 +40,8 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from convexlm.config import ConvexConfig
+    from convexlm.data_options import DataOptions
     from convexlm.tokenization import PromptSettings
-
-
-@dataclass
-class DataOptions:
-    """What to train on, and what a new model or another tokenizer comes from."""
-
-    dataset: str = field(metadata={"help": "File (.json, .jsonl, plain or .gz) or hub name of the training data."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same for data to evaluate the loss on."})
-    template: str = field(default="alpaca", metadata={"help": "Prompt template, by name."})
-    add_bos: bool | None = field(
-        default=None,
-        metadata={"help": "Begin with the BOS token; if unset, where the tokenizer has one that is not its EOS."},
-    )
-    max_records: int | None = field(default=None, metadata={"help": "Train on the first N records only."})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read and tokenize the training data while training, for data larger than memory: JSON Lines, a "
-            "folder of shards, or a hub name. Needs --max_steps."
-        },
-    )
-    shuffle_buffer: int = field(
-        default=0,
-        metadata={
-            "help": "With --streaming: hold so many records and draw from them at random; 0: in the data's order."
-        },
-    )
-    dataset_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where tokenized data are kept; by default in the cache folder of the datasets library."},
-    )
-    plugins: list[str] | None = field(
-        default=None, metadata={"help": "Modules or .py files to import first, which register objectives or formats."}
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "Config (a JSON file, folder or hub name) of a new model to train from scratch."},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer (folder, tokenizer.model or hub name), if not the model's own."}
-    )
 
 
 def train_model(
@@ -280,7 +241,7 @@ def _training_rows(
         # Every process reads the stream and takes its rows: what one process would deal out has to be of one length.
         args.accelerator_config.dispatch_batches = False
         next(stream.one_pass())  # what is wrong with the file is told before the model is loaded
-        content = content_of(Path(data.dataset))
+        content = content_of(dataset_path(data.dataset))
         dataset = {"name": Path(data.dataset).name, "content": content}
         identity = {**identity, "shuffle_buffer": data.shuffle_buffer, "dataset": dataset}
         return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from convexlm.config import ConvexConfig
-    from convexlm.training import DataOptions
+    from convexlm.data_options import DataOptions
 
 # What an evaluation measures, and so what can choose the best checkpoint.
 METRICS = (

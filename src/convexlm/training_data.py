@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm.chat_templates import said_of_records
+from convexlm.dataset_names import parse_dataset
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, write_atomic
 from convexlm.instruction_rows import load_dataset
@@ -271,18 +272,20 @@ def _cache_key(
 
 def _data_hash(name: str) -> Any:
     """What identifies the data: ids of records carry the file's name, so it is a part."""
-    path = Path(name)
+    base, config, split = parse_dataset(name)
+    path = Path(base)
     try:
         if path.is_file():
             return [path.name, file_sha256(path)]
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
-            return [path.name, [[str(file.relative_to(path)), file_sha256(file)] for file in files]]
+            content = [[str(file.relative_to(path)), file_sha256(file)] for file in files]
+            return [path.name, content, *([config, split] if config or split else [])]
     except (OSError, ValueError):
         return None
-    if path.suffix or "/" not in name:
+    if path.suffix or "/" not in base:
         return None  # sooner a second look than one that goes wrong; `iter_records` says what is the matter
-    return [name, getattr(load_dataset(name, "train", is_folder=False), "_fingerprint", None)]
+    return [name, getattr(load_dataset(base, split or "train", config=config, is_folder=False), "_fingerprint", None)]
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, read_json_object, write_atomic
 
@@ -56,7 +57,7 @@ class InputHashes:
             "config_name": lambda path: [path / "config.json"] if path.is_dir() else [path],
         }
         for key, files in ways.items():
-            if options.get(key) and (path := Path(str(options[key]))).exists():
+            if options.get(key) and (path := dataset_path(str(options[key]))).exists():
                 found[key] = self._hash(key, path, files(path), _files_sha256)
         model = options.get("model_name_or_path")
         if model and (path := Path(str(model)) / "config.json").is_file():

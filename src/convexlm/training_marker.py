@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from convexlm.config import ConvexConfig
-    from convexlm.training import DataOptions
+    from convexlm.data_options import DataOptions
 
 _OF_TRAINING = (
     *("k_warmup", "label_smoothing_factor", "max_length", "seed", "packing", "shuffle_dataset"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from convexlm.config import ConvexConfig
-    from convexlm.training import DataOptions
+    from convexlm.data_options import DataOptions
 
 
 def check_model(options: ModelConfig, data: DataOptions, device_type: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.options import VerbParser
 
@@ -29,7 +30,12 @@ def make_parser(prog: str) -> VerbParser:
         "--model_name_or_path", required=True, metavar="M", help="checkpoint or adapter folder, or a hub name"
     )
     parser.add_argument("--revision", help="revision of a hub name")
-    parser.add_argument("--dataset", required=True, metavar="D", help="training data: file, folder or hub name")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="D",
+        help="training data: file, folder or hub name, as NAME:CONFIG[SPLIT] for one of several",
+    )
 
     objective = parser.add_argument_group("objective")
     objective.add_argument(
@@ -175,7 +181,7 @@ def _label(name: str, objective: Objective, has_k: bool) -> str:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Refuse places that cannot be written to, or would be written over, before a model is loaded."""
-    taken = {Path(args.dataset).resolve(): "--dataset"} if "\0" not in args.dataset else {}
+    taken = {dataset_path(args.dataset).resolve(): "--dataset"} if "\0" not in args.dataset else {}
     for option in ("page", "output_file", "records_file"):
         value = getattr(args, option)
         if value is not None and (not value or "\0" in value or Path(value).is_dir()):

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from convexlm.config import ConvexConfig
+from convexlm.data_options import DataOptions
 from convexlm.errors import UserError
 from convexlm.launch.deepspeed import is_on_cpu, options_on_cpu
 from convexlm.launch.precision import choose_precision, device_type
@@ -23,7 +24,7 @@ from convexlm.launch.settings import (
 )
 from convexlm.options import VerbParser, load_yaml
 from convexlm.plugins import load_plugins
-from convexlm.training import DataOptions, train_model
+from convexlm.training import train_model
 
 if TYPE_CHECKING:
     from rich.console import Console
