@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from convexlm.instruction_file import said_of_placeholders
 from convexlm.sweep import read_instruction
 from convexlm.verbs.decode import _instruction
 
@@ -31,3 +32,24 @@ def test_only_the_line_ends_at_the_end_are_no_part_of_it(tmp_path: Path, content
     args = argparse.Namespace(instruction=None, instruction_file=str(file), documents=None, pair="en-de")
     recipe: Any = SimpleNamespace(decode={"instruction_file": str(file)})
     assert _instruction(args) == read_instruction(recipe) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Translate from [src] to [trg].", "[src], [trg]"),
+        ("Translate {source_lang} to {{target}}: [TARGET LANG]", "{source_lang}, {{target}}, [TARGET LANG]"),
+        ("Translate from [SRC] to [Tgt].", "[Tgt]"),
+    ],
+)
+def test_placeholders_of_other_programs_are_told(text: str, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(said_of_placeholders(text)).startswith(f"warning: {found} of the instruction stays")
+    args = argparse.Namespace(instruction=text, instruction_file=None, documents=None, pair="en-de")
+    assert _instruction(args) == text and f"{found} of the instruction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["Translate from [SRC] to [TGT].", 'Answer as {"answer": 1} [see 3].', "Say it. [INST]"]
+)
+def test_other_brackets_are_text(text: str) -> None:
+    assert said_of_placeholders(text) is None

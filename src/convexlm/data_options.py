@@ -35,7 +35,8 @@ class DataOptions:
         default=False,
         metadata={
             "help": "Read and tokenize the training data while training, for data larger than memory: JSON Lines, a "
-            "folder of shards, or a hub name. Needs --max_steps."
+            "folder of shards, or a hub name. Needs --max_steps.",
+            "aliases": ["--dataset_streaming"],
         },
     )
     shuffle_buffer: int = field(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
+from convexlm.instruction_file import said_of_placeholders
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.same_sentences import check_whole
 from convexlm.scoring import Scorer, said_of_words
@@ -89,6 +90,8 @@ def check_scoring(recipe: Recipe, sets: Sequence[TestSet]) -> None:
     from convexlm.progress import note
 
     instruction = read_instruction(recipe)
+    if said := said_of_placeholders(instruction or ""):
+        note(said)
     for one in sets:
         try:
             fill_instruction(TRANSLATION_INSTRUCTION if instruction is None else instruction, one.pair)

@@ -241,7 +241,8 @@ def _sources(args: argparse.Namespace) -> Any:
 
 
 def _instruction(args: argparse.Namespace) -> str | None:
-    from convexlm.instruction_file import read_instruction_file
+    from convexlm.instruction_file import read_instruction_file, said_of_placeholders
+    from convexlm.progress import note
     from convexlm.templates import TRANSLATION_INSTRUCTION
 
     instruction = args.instruction
@@ -249,6 +250,8 @@ def _instruction(args: argparse.Namespace) -> str | None:
         instruction = read_instruction_file(args.instruction_file, "--instruction_file")
     if instruction is not None and args.instruction_file is None:
         _check_text(instruction)
+    if said := said_of_placeholders(instruction or ""):
+        note(said)
     if args.documents is not None and instruction is None:
         raise UserError("say what is to be done with the documents: --instruction TEXT or --instruction_file FILE")
     if not args.pair and any(mark in (instruction or TRANSLATION_INSTRUCTION) for mark in ("[SRC]", "[TGT]")):
