@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import json_sha256, text_sha256, write_atomic
+from convexlm.positions import positions_of
 from convexlm.progress import note
 from convexlm.runs import DONE_FILE, TrainedRun, read_done, run_name
 from convexlm.scoring import first_references
@@ -159,7 +160,7 @@ def _values(model: Any, tokenizer: Any, settings: Any, instruction: str | None, 
     job = DecodeJob(test_set, Search(), Path("unused.jsonl"), settings, instruction)
     pairs = enumerate(zip(job.prompts(), first_references(test_set.references), strict=True))
     records = [Record(prompt, text, id=str(number)) for number, (prompt, text) in pairs if text]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     tokenized = tokenize_records(records, tokenizer, settings, None)
     rows = [row for row in tokenized.rows if not positions or len(row["input_ids"]) <= positions]
     values: list[float | None] = [None] * len(test_set.sources)

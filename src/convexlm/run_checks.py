@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import read_json_object, text_sha256
+from convexlm.positions import positions_of
 from convexlm.sweep import read_instruction
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_decoded(folder: RunFolder, sets: Sequence[TestSet]) -> None:
             )
 
 
-def positions_of(recipe: Recipe) -> int | None:
+def _positions(recipe: Recipe) -> int | None:
     """How many positions the recipe's model says it has; None where that is not known."""
     from convexlm.spelled_config import spelled_config
 
@@ -51,8 +52,7 @@ def positions_of(recipe: Recipe) -> int | None:
             config = AutoConfig.from_pretrained(str(model))
     if config is None:
         return None
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 1 else None
+    return positions_of(config)
 
 
 def most_new_tokens(recipe: Recipe) -> int:
@@ -68,7 +68,7 @@ def check_new_tokens(recipe: Recipe) -> None:
     Raises:
         UserError: it has not.
     """
-    positions, most = positions_of(recipe), most_new_tokens(recipe)
+    positions, most = _positions(recipe), most_new_tokens(recipe)
     if positions is not None and most >= positions and any(arm.decode for arm in recipe.arms):
         raise UserError(
             f"decode.searches: max_new_tokens {most} leaves no room for a prompt: the model has {positions} positions"
@@ -87,7 +87,7 @@ def check_lengths(recipe: Recipe, folder: RunFolder, sets: Sequence[TestSet]) ->
     from convexlm.decoding.job import DecodeJob
     from convexlm.decoding.search import Search
 
-    positions, most = positions_of(recipe), most_new_tokens(recipe)
+    positions, most = _positions(recipe), most_new_tokens(recipe)
     if positions is None:
         return
     named = recipe.model.get("tokenizer") or recipe.model.get("model_name_or_path")

@@ -13,6 +13,7 @@ from convexlm.diagnosis.cache import cache_path, load, store
 from convexlm.diagnosis.measure import Measurement, measure
 from convexlm.diagnosis.sample import RecordSample, sample_records
 from convexlm.errors import UserError
+from convexlm.positions import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -200,9 +201,8 @@ def _max_length(checkpoints: Sequence[Path], options: DiagnoseOptions, note: Cal
         raise UserError(f"--max_length must be at least 2, not {options.max_length}")
     limits: list[tuple[int, Path]] = []
     for folder in checkpoints:
-        config = load_config(folder, trust_remote_code=options.trust_remote_code).get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(positions, int) and positions >= 2:
+        positions = positions_of(load_config(folder, trust_remote_code=options.trust_remote_code))
+        if positions is not None:
             limits.append((positions, folder))
     if not limits:
         return options.max_length

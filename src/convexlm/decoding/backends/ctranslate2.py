@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.batching import common_head
 from convexlm.errors import UserError
+from convexlm.positions import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,7 @@ class CTranslate2Backend(Backend):
             raise UserError(
                 f"CTranslate2 computes position angles of the kind {min(others)} otherwise; use --backend hf"
             )
-        self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = positions_of(config)
         window = _attention_window(config)
         if window is not None and window < (self.max_length or window + 1):
             self.max_length = window

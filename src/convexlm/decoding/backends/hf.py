@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.patience import Patience
 from convexlm.errors import UserError
+from convexlm.positions import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +63,7 @@ class HuggingFaceBackend(Backend):
         self.pad_id = (pad or self.eos_ids or [0])[0]
         # `generate` fills what a config leaves unset from the model's, so the model's must say nothing.
         self.model.generation_config = GenerationConfig()
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        # Some configs write -1 for no limit (XLNet's).
-        self.max_length = positions if isinstance(positions, int) and positions >= 2 else None
+        self.max_length = positions_of(self.model.config)
         special = {self.pad_id, *self.eos_ids}
         self.why_generate = why_not(self.model) or loops_differ(self.model, special)
         self.by_length = angles_by_length(self.model)

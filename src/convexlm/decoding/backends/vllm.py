@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.decoding.backends.base import Backend, Hypothesis, register_backend, with_nbest
 from convexlm.decoding.batching import TOKEN_BUDGET
 from convexlm.errors import UserError
+from convexlm.positions import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +143,7 @@ class VllmBackend(Backend):
         self.tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         memory = {} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}
-        self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = positions_of(config)
         self.vocabulary = config.get_text_config().vocab_size
         self.eos_ids = eos_ids_of(self.tokenizer, checkpoint, config)
 
