@@ -36,61 +36,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "11m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "20m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "58m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 9, "num_attention_heads": 8},
-    "qwen3-53m": {
-        "model_type": "qwen3",
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-}
-SHAPES["11m"]["tie_word_embeddings"] = True
-PLAIN: dict[str, Any] = {"model": "58m", "batch": 4, "length": 256, "gradient_checkpointing": False}
-QV = ["q_proj", "v_proj"]
-CASES: dict[str, dict[str, Any]] = {
-    "plain": PLAIN,
-    "checkpointing": {**PLAIN, "gradient_checkpointing": True},
-    "small, checkpointing, long": {**PLAIN, "model": "20m", "gradient_checkpointing": True, "batch": 4, "length": 768},
-    "one long row": {**PLAIN, "batch": 1, "length": 768},
-    "eager attention": {**PLAIN, "batch": 2, "length": 384, "attention": "eager"},
-    "bf16 weights": {**PLAIN, "dtype": "bfloat16"},
-    "bf16 autocast": {**PLAIN, "mixed_precision": "bf16"},
-    "bf16 autocast, checkpointing": {**PLAIN, "mixed_precision": "bf16", "gradient_checkpointing": True},
-    "lora, all linear": {**PLAIN, "lora": "all-linear"},
-    "lora, all linear, checkpointing": {**PLAIN, "lora": "all-linear", "gradient_checkpointing": True},
-    "lora, q and v, bf16 weights": {**PLAIN, "lora": QV, "dtype": "bfloat16"},
-    "lora on 4 bits": {**PLAIN, "lora": "all-linear", "quantized": "4bit", "double_quantized": True},
-    "lora on 4 bits, checkpointing": {
-        **PLAIN,
-        **{"lora": "all-linear", "quantized": "4bit", "double_quantized": True, "gradient_checkpointing": True},
-    },
-    "lora on 8 bits": {**PLAIN, "lora": "all-linear", "quantized": "8bit"},
-    "small, large batch": {**PLAIN, "model": "20m", "batch": 16},
-    "small, accumulation": {**PLAIN, "model": "20m", "accumulation": 3},
-    "small, adamw_torch": {**PLAIN, "model": "20m", "optimizer": "adamw_torch"},
-    "small, sgd": {**PLAIN, "model": "20m", "optimizer": "sgd"},
-    "tied": {**PLAIN, "model": "11m", "batch": 8, "length": 128},
-    "qwen3, grouped heads": {**PLAIN, "model": "qwen3-53m", "length": 384, "batch": 2},
-    "larger": {**PLAIN, "model": "110m"},
-    "larger, checkpointing": {**PLAIN, "model": "110m", "batch": 8, "gradient_checkpointing": True},
-    "larger, lora": {**PLAIN, "model": "110m", "batch": 2, "lora": "all-linear"},
-    "larger, lora, checkpointing": {**PLAIN, "model": "110m", "lora": "all-linear", "gradient_checkpointing": True},
-    "small, lora": {**PLAIN, "model": "20m", "batch": 8, "lora": QV},
-}
-SHARED = {**PLAIN, "processes": 2, "gradient_checkpointing": True}
-CASES |= {
-    f"two processes, {sharding}": {**SHARED, "sharding": sharding} for sharding in ("ddp", "fsdp2", "zero2", "zero3")
-}
-CASES["two processes, fsdp2, larger"] = {**SHARED, "sharding": "fsdp2", "model": "110m"}
-CASES["two processes, fsdp2, bf16 autocast"] = {**SHARED, "sharding": "fsdp2", "mixed_precision": "bf16"}
-CASES["two processes, fsdp2, lora"] = {**SHARED, "sharding": "fsdp2", "lora": "all-linear"}
+from memory_cases import CASES, SHAPES, config_of, estimate_of, peft_of
+from memory_table import table
+
 # No variable MALLOC_* may be set for `glibc`: most of them stop its threshold from moving, whatever their value.
 ALLOCATORS = ("returning", "glibc", "jemalloc")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -207,31 +155,6 @@ def launch_variables(case: dict[str, Any]) -> dict[str, str]:
     kind = None if case["sharding"] == "ddp" else case["sharding"]
     settings = LaunchSettings(accelerate_config=kind, num_processes=case["processes"])
     return make_plan(settings.resolved(), use_cpu=True).variables
-
-
-def config_of(name: str) -> Any:
-    """The model's config."""
-    from transformers import AutoConfig
-
-    shape = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, **SHAPES[name]}
-    return AutoConfig.for_model(shape.pop("model_type"), **shape)
-
-
-def peft_of(case: dict[str, Any]) -> Any:
-    """The adapter's config, if there is one."""
-    if not case.get("lora"):
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, target_modules=case["lora"], task_type="CAUSAL_LM")
-
-
-def estimate_of(case: dict[str, Any]) -> Any:
-    """What the dry run would say."""
-    from convexlm.memory import estimate_memory
-
-    known = {key: value for key, value in case.items() if key not in ("model", "lora")}
-    return estimate_memory(config_of(case["model"]), peft_config=peft_of(case), **known)
 
 
 # -- the process that is measured
@@ -385,92 +308,6 @@ def about() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()),
         "packages": {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)},
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    facts = result["about"]
-    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
-    lines = [
-        "# Estimated and measured memory",
-        "",
-        f"`{facts['command']}`, on {facts['cpu_count']} cores of {facts['cpu']}; Python {facts['python']}, "
-        f"{facts['libc']}, {packages}. Medians over the repeats; MB is 10^6 bytes.",
-        "",
-        "Growth is the peak of the resident set in training, less the resident set before there was a model. "
-        "`returning` is glibc as `--return_freed_memory true` sets it on a CPU (blocks of 1 MiB and more go back to "
-        "the system when freed; `convexlm.allocator`), `jemalloc` is jemalloc preloaded, `glibc` is glibc as it "
-        "comes, the default, which keeps some of what was freed. Errors are (estimate - measured) / measured. `whole "
-        "process` is `returning`'s, framework "
-        "included. On a CPU the head decides by timing, once a process, whether half-precision products pay; the "
-        "estimate is "
-        "made in that process, "
-        "so that it has the same answer. A dry run on a busy machine may have the other, which with bf16 weights made "
-        "about 200 MB here. The framework is taken for 580 MB, between two machines' (523 to 530 and 600 to 630), "
-        "and 50 more with bitsandbytes. Two processes train over gloo; the figures are those of the one that took "
-        "most. "
-        "ZeRO in 16 bits, which transformers has on a GPU only: not measured.",
-        "",
-        *gpu_lines(result.get("gpu")),
-        "| case | parameters | trained | estimate MB | returning MB | error | whole process | jemalloc MB | error "
-        "| glibc MB | error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in result["rows"]:
-        estimate, tight = row["estimate"], row.get("returning")
-        kept = " | ".join(
-            f"{row[name]['growth'] / 1e6:.0f} | {row[name]['growth_error']:+.1%}" if name in row else "not measured |"
-            for name in ("jemalloc", "glibc")
-        )
-        returned = "not measured | |"
-        if tight:
-            returned = f"{tight['growth'] / 1e6:.0f}{'*' * ('by' in tight)} | {tight['growth_error']:+.1%} "
-            returned += f"| {tight['peak_error']:+.1%}"
-        lines.append(
-            f"| {row['case']} | {estimate['parameters'] / 1e6:.1f} M | {estimate['trainable'] / 1e6:.2f} M "
-            f"| {estimate['peak'] / 1e6:.0f} | {returned} | {kept} |"
-        )
-    if "earlier" in facts:
-        lines += ["", f"\\* {facts['earlier']}"]
-    lines.append("")
-    for name, key in (
-        ("returning", "growth_error"),
-        ("returning", "peak_error"),
-        ("jemalloc", "growth_error"),
-        ("jemalloc", "peak_error"),
-        ("glibc", "growth_error"),
-    ):
-        if not (errors := [abs(row[name][key]) for row in result["rows"] if name in row]):
-            continue
-        what = "the growth" if key == "growth_error" else "the whole process"
-        inside = sum(error <= 0.15 for error in errors)
-        lines.append(
-            f"- {name}, {what}: {inside} of {len(errors)} cases within 15 %; largest error {max(errors):.1%}, "
-            f"median {statistics.median(errors):.1%}."
-        )
-    for name in ("returning", "jemalloc"):
-        timed = [row for row in result["rows"] if all("seconds" in row.get(which, ()) for which in (name, "glibc"))]
-        if timed:
-            ratios = [row[name]["seconds"] / row["glibc"]["seconds"] for row in timed]
-            middle, spread = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
-            lines.append(
-                f"- {name}, processor time of the steps, x glibc's in the same run: median {middle:.2f} ({spread}), "
-                f"{len(timed)} cases."
-            )
-    return "\n".join(lines) + "\n"
-
-
-def gpu_lines(gpu: dict[str, Any] | None) -> list[str]:
-    """What benchmarks/large_models.py measured on a GPU, copied into the JSON by hand (`gpu`): how, and rows."""
-    if gpu is None:
-        return ["GPU: not measured.", ""]
-    lines = [gpu["how"], "", "| training | estimate GB | allocated GB | error | reserved by the allocator GB |"]
-    lines.append("|---|--:|--:|--:|--:|")
-    for row in gpu["rows"]:
-        error = row["estimate"] / row["allocated"] - 1
-        gigabytes = " | ".join(f"{row[name]:.2f}" for name in ("estimate", "allocated"))
-        lines.append(f"| {row['training']} | {gigabytes} | {error:+.1%} | {row['reserved']:.2f} |")
-    return [*lines, "", "On the CPU:", ""]
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from convexlm.decoding import DecodeJob, Search, decode_jobs
+from convexlm.decoding import run as run_module
 from convexlm.decoding.backends import Backend, Hypothesis, register_backend
 from convexlm.testsets import TestSet
 from convexlm.tokenization import PromptSettings, encode_prompt, encode_record
+
+if TYPE_CHECKING:
+    import pytest
 
 WORDS = "the small dog sees a red house and my old cat sleeps near your green tree"
 SOURCES = [
@@ -177,3 +181,22 @@ def run_echo(tmp_path: Path, sources: list[str] = SOURCES, **options: Any) -> An
     job = make_job(tmp_path / "out.jsonl", sources, **options.pop("search", {}))
     model = fake_checkpoint(tmp_path / "model", options.pop("weights", b"weights"))
     return decode_jobs(model, [job], backend="echo", device="cpu", **options)[0]
+
+
+def use_echo(monkeypatch: pytest.MonkeyPatch) -> EchoBackend:
+    """An `EchoBackend` in the place of whichever backend is asked for."""
+    engine = EchoBackend()
+    monkeypatch.setattr(run_module, "get_backend", lambda name: lambda: engine)
+    return engine
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, echo: EchoBackend, batches: int) -> None:
+    """Have it end as Ctrl-C ends it, when it has decoded so many batches."""
+    original = EchoBackend.generate
+
+    def generate(self: EchoBackend, prompts: Any, search: Any) -> Any:
+        if len(self.sizes) >= batches:
+            raise KeyboardInterrupt
+        return original(self, prompts, search)
+
+    monkeypatch.setattr(EchoBackend, "generate", generate)

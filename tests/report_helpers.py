@@ -1,9 +1,11 @@
-"""A small run folder, made without a model: invented hypotheses, scored and compared by the real `evaluate`."""
+"""A small run folder, made without a model: invented hypotheses, scored by the real `evaluate`; and its page."""
 
 from __future__ import annotations
 
 import json
 import math
+from functools import cache
+from html.parser import HTMLParser
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import yaml
 from convexlm.evaluation import evaluate
 from convexlm.files import write_jsonl
 from convexlm.recipe import Arm, Recipe
+from convexlm.report import write_report
 from convexlm.runs import RunFolder, trained_runs
 from convexlm.testsets import TestSet
 
@@ -81,6 +84,53 @@ def make_run(
         write_jsonl(run_folder.data / "references.jsonl", rows)
     evaluate(recipe, run_folder, runs, test_sets)
     return folder
+
+
+@cache
+def plain_run(parent: Path) -> Path:
+    """The run that most tests of the page read, in a folder below `parent`; made once a process."""
+    return make_run(parent / "plain-run")
+
+
+class Page(HTMLParser):
+    """What a browser's parser makes of a page: its tags, its visible text, its embedded data."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.data = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = dict(attrs).get("id") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.data += data
+        elif not self._inside:
+            self.text += data
+
+
+def page_of(run: Path, tmp_path: Path) -> Page:
+    return Page(write_report(run, tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def comparison_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+
+
+def change(run: Path, edit: Any) -> None:
+    comparison = comparison_of(run)
+    edit(comparison)
+    (run / "comparison.json").write_text(json.dumps(comparison), encoding="utf-8")
 
 
 def _recipe(seeds: tuple[int, ...], arms: tuple[str, ...], n_samples: int, steps: tuple[int, ...]) -> Recipe:

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from convexlm import head as head_module
-from convexlm import head_products, head_scaling
+from convexlm import head_products
 from convexlm.head import fused_objective
-from convexlm.head_chunks import chunk_limit, default_chunk_tokens, pieces_of, plan_groups
 from convexlm.head_products import products_dtype
-from convexlm.objectives import Objective, get_objective, register_objective
+from convexlm.objectives import Objective, get_objective
+from head_helpers import LENGTHS, OBJECTIVES, TOLERANCE, VOCABULARY, batch, check, error, reference
 
-HIDDEN, VOCABULARY = 12, 41
-LENGTHS = (5, 1, 17, 8, 3)
-
-
-@register_objective("test-reciprocal")
-@dataclass(frozen=True, kw_only=True)
-class Reciprocal(Objective):
-    def value(self, m):
-        return m / (m - 1)
-
-    def weight(self, m):
-        return 1 / (m - 1) ** 2
-
-
-OBJECTIVES = {
-    "mle": get_objective("mle"),
-    "mle by sequence": get_objective("mle", length_weighting="sequence"),
-    "convex": get_objective("convex", k=0.7),
-    "convex by sequence": get_objective("convex", k=2.0, length_weighting="sequence"),
-    "dft": get_objective("dft"),
-    "token level by sequence": get_objective("convex", level="token", length_weighting="sequence"),
-    "power": get_objective("power", k=0.4),
-    "mixed": get_objective("convex", k=3.0, mle_mix=0.2),
-    "registered": get_objective("test-reciprocal"),
-}
 VARIANTS = {
     "plain": {},
     "bias": {"bias": True},
@@ -50,93 +22,6 @@ VARIANTS = {
     "scale": {"logit_scale": 0.3},
     "all three": {"bias": True, "logit_softcap": 2.0, "logit_scale": -0.7},
 }
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def batch(dtype, lengths=LENGTHS, bias=False, seed=0, hidden_size=HIDDEN, vocabulary=VOCABULARY):
-    generator = torch.Generator().manual_seed(seed)
-    n = sum(lengths)
-    tensors = {
-        "hidden": torch.randn(n, hidden_size, generator=generator),
-        "weight": torch.randn(vocabulary, hidden_size, generator=generator) * 0.5,
-    }
-    if bias:
-        tensors["bias"] = torch.randn(vocabulary, generator=generator)
-    tensors = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
-    labels = torch.randint(0, vocabulary, (n,), generator=generator)
-    # Ids need not count up, nor start at 0.
-    names = torch.tensor([7, 3, 100, -2, 50, 8, 9])[: len(lengths)]
-    return tensors, labels, names.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-
-
-def reference(tensors, labels, ids, objective, normalizer=None, sample_weights=None, scale=1.0, cap=None):
-    """Loss, gradients and statistics from full logits in float64."""
-    exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
-    logits = exact["hidden"] @ exact["weight"].T
-    if "bias" in exact:
-        logits = logits + exact["bias"]
-    logits = logits * scale
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    mask = labels != -100
-    chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
-    out = objective(chosen, mask, sequence_ids=ids, normalizer=normalizer, sample_weights=sample_weights)
-    gradients = torch.autograd.grad(out.loss, list(exact.values()))
-    p = logits.detach().softmax(-1)
-    repeats = mask.double() if sample_weights is None else sample_weights * mask
-    extra = {
-        "correct": ((logits.argmax(-1) == labels) * repeats).sum(),
-        "entropy_sum": (torch.special.entr(p).sum(-1) * repeats).sum(),
-    }
-    return out, dict(zip(exact, gradients, strict=True)), extra
-
-
-def error(got, wanted):
-    return ((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-300)).item()
-
-
-def check(dtype, objective, lengths=LENGTHS, frozen=(), labels=None, sample_weights=None, normalizer=None, **kwargs):
-    transform = {"scale": kwargs.get("logit_scale", 1.0), "cap": kwargs.get("logit_softcap")}
-    tensors, own_labels, ids = batch(dtype, lengths, bias=kwargs.pop("bias", False))
-    labels = own_labels if labels is None else labels
-    for name in frozen:
-        tensors[name].requires_grad_(False)
-    out = fused_objective(
-        tensors["hidden"],
-        tensors["weight"],
-        labels,
-        ids,
-        objective,
-        normalizer,
-        bias=tensors.get("bias"),
-        sample_weights=sample_weights,
-        need_entropy=True,
-        **kwargs,
-    )
-    wanted, gradients, extra = reference(tensors, labels, ids, objective, normalizer, sample_weights, **transform)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(out.loss.double(), wanted.loss.detach(), rtol=tolerance, atol=tolerance)
-    assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    up = 2.0**12 if dtype == torch.float16 else 1.0  # float16 gradients need the loss scaled up, as a GradScaler does
-    if out.loss.requires_grad:
-        (out.loss * up).backward()
-    for name, x in tensors.items():
-        if name in frozen:
-            assert x.grad is None
-        else:
-            assert x.grad.dtype == dtype
-            assert error(x.grad.double() / up, gradients[name]) < tolerance, name
-    statistics = {**wanted.statistics(), **extra}
-    assert set(out.statistics()) == set(statistics)
-    for name, value in statistics.items():
-        if name == "correct" and dtype in (torch.bfloat16, torch.float16):
-            continue  # rounding the logits makes and breaks ties
-        torch.testing.assert_close(
-            out.statistics()[name].double(), value.detach().double(), rtol=3 * tolerance, atol=3 * tolerance, msg=name
-        )
-    torch.testing.assert_close(out.mean_log_probs.double(), wanted.mean_log_probs, rtol=tolerance, atol=3 * tolerance)
-    torch.testing.assert_close(out.weights.double(), wanted.weights, rtol=3 * tolerance, atol=3 * tolerance)
-    return out
 
 
 # chunk_tokens: everything in one chunk; several, each of whole sequences; one sequence too long; pieces of two tokens
@@ -236,196 +121,6 @@ def test_an_objective_that_couples_sequences_is_recomputed():
     assert "__call__" in out.reason
 
 
-def test_results_do_not_depend_on_the_chunk():
-    tensors, labels, ids = batch(torch.float32, lengths=(30, 2, 64, 5), hidden_size=32, vocabulary=500)
-    results = []
-    for chunk_tokens in (1, 3, 16, 64, 1000):
-        for vocab_chunk in (None, 7, 499):
-            for x in tensors.values():
-                x.grad = None
-            out = fused_objective(
-                tensors["hidden"],
-                tensors["weight"],
-                labels,
-                ids,
-                OBJECTIVES["convex"],
-                chunk_tokens=chunk_tokens,
-                vocab_chunk=vocab_chunk,
-            )
-            out.loss.backward()
-            results.append([out.loss.detach(), *(x.grad for x in tensors.values())])
-    for result in results[1:]:
-        for got, wanted in zip(result, results[0], strict=True):
-            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradcheck(recompute):
-    tensors, labels, ids = batch(torch.float64, lengths=(3, 4), bias=True, hidden_size=3, vocabulary=5)
-
-    def loss(hidden, weight, bias):
-        return fused_objective(
-            hidden,
-            weight,
-            labels,
-            ids,
-            OBJECTIVES["mixed"],
-            bias=bias,
-            logit_softcap=2.0,
-            logit_scale=0.5,
-            chunk_tokens=4,
-            recompute=recompute,
-        ).loss
-
-    assert torch.autograd.gradcheck(loss, tuple(tensors.values()))
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        (grad,) = torch.autograd.grad(loss(*tensors.values()), tensors["hidden"], create_graph=True)
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_loss_may_be_scaled_added_and_used_again(dtype):
-    tensors, labels, ids = batch(dtype, bias=True)
-
-    def run():
-        return fused_objective(
-            tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"], bias=tensors["bias"]
-        ).loss
-
-    def grads(loss, **kwargs):
-        return torch.autograd.grad(loss, list(tensors.values()), **kwargs)
-
-    once = grads(run())
-    for loss in (run() * 3, run() + 2 * run(), (lambda x: x + x + x)(run())):
-        for got, wanted in zip(grads(loss), once, strict=True):
-            torch.testing.assert_close(
-                got.float(), 3 * wanted.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
-            )
-    loss = run()
-    first = [x.clone() for x in grads(loss, retain_graph=True)]
-    run()  # another batch in between overwrites the working buffers, not what was saved
-    for got, wanted in zip(grads(loss), first, strict=True):
-        assert torch.equal(got, wanted)
-    with pytest.raises(RuntimeError, match="second time"):
-        grads(loss)
-
-
-def test_whether_gradients_may_be_overwritten_is_what_backward_was_told():
-    """On a GPU the factor is put into the formed gradients, but not where they can be asked for again."""
-    seen = []
-
-    class Asking(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(head_scaling._graph_is_kept())
-            return grad
-
-    x = torch.ones(2, requires_grad=True)
-    y = Asking.apply(x).sum()
-    torch.autograd.grad(y, x, retain_graph=True)
-    y.backward()
-    assert seen == [True, False] and head_scaling._graph_is_kept()
-
-
-def test_tied_embeddings_add_up():
-    tensors, labels, ids = batch(torch.float64)
-    weight, inputs = tensors["weight"], torch.arange(len(labels)) % VOCABULARY
-
-    def through(weight, full):
-        hidden = torch.tanh(weight[inputs])
-        if not full:
-            return fused_objective(hidden, weight, labels, ids, OBJECTIVES["convex"], chunk_tokens=18).loss
-        log_probs = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-        return OBJECTIVES["convex"](log_probs, torch.ones_like(labels, dtype=torch.bool), sequence_ids=ids).loss
-
-    got, wanted = (torch.autograd.grad(through(weight, full), weight)[0] for full in (False, True))
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_its_dtype_and_returns_the_parameters(dtype):
-    tensors, labels, ids = batch(torch.float32)
-    with torch.autocast("cpu", dtype):
-        out = fused_objective(tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"])
-    out.loss.backward()
-    wanted, gradients, _ = reference(tensors, labels, ids, OBJECTIVES["convex"])
-    torch.testing.assert_close(out.loss.double(), wanted.loss.detach(), rtol=2e-2, atol=0)
-    for name, x in tensors.items():
-        assert x.grad.dtype == torch.float32
-        assert error(x.grad, gradients[name]) < TOLERANCE[dtype]
-
-
-def test_parameters_in_another_dtype_than_the_states():
-    tensors, labels, ids = batch(torch.float32)
-    weight = tensors["weight"].detach().bfloat16().requires_grad_()
-    exact = {"hidden": tensors["hidden"], "weight": weight}
-    out = fused_objective(*exact.values(), labels, ids, OBJECTIVES["convex"])
-    out.loss.backward()
-    _, gradients, _ = reference(exact, labels, ids, OBJECTIVES["convex"])
-    assert error(exact["hidden"].grad, gradients["hidden"]) < 1e-5
-    assert error(weight.grad, gradients["weight"]) < 1e-2
-    assert weight.grad.dtype == torch.bfloat16
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns, and the matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements, self.products = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
-        name = func.name()
-        self.products += name.split(".")[0] in ("aten::mm", "aten::addmm", "aten::addmm_")
-        return out
-
-
-def count(frozen=False, gradients=True, **kwargs):
-    head_module.workspace.clear()
-    tensors, labels, ids = batch(torch.float32, lengths=(64,) * 7, hidden_size=8, vocabulary=1000)
-    tensors["weight"].requires_grad_(not frozen)
-    with Largest() as largest, torch.set_grad_enabled(gradients):
-        out = fused_objective(tensors["hidden"], tensors["weight"], labels, ids, OBJECTIVES["convex"], **kwargs)
-        if gradients:
-            out.loss.backward()
-    head_module.workspace.clear()
-    return largest
-
-
-def test_no_tensor_beyond_one_chunk_of_logits():
-    for kwargs in ({"chunk_tokens": 64}, {"chunk_tokens": 40}, {"chunk_tokens": 64, "recompute": True}):
-        for need_entropy in (False, True):
-            assert count(**kwargs, need_entropy=need_entropy).elements <= kwargs["chunk_tokens"] * 1000
-
-
-def test_three_products_a_chunk_two_if_frozen_one_without_gradients():
-    assert count(chunk_tokens=64).products == 3 * 7
-    assert count(chunk_tokens=64, frozen=True).products == 2 * 7
-    assert count(chunk_tokens=64, gradients=False).products == 7
-    assert count(chunk_tokens=64, recompute=True).products == 4 * 7
-    assert count(chunk_tokens=64, recompute=True, frozen=True).products == 3 * 7
-    assert count(chunk_tokens=64, recompute=True, gradients=False).products == 7
-
-
-def test_buffers_are_used_again_and_can_be_given_back():
-    tensors, labels, ids = batch(torch.float32)
-    fused_objective(*tensors.values(), labels, ids, OBJECTIVES["convex"])
-    before = {key: x.data_ptr() for key, x in head_module.workspace._buffers.items()}
-    assert before
-    fused_objective(*tensors.values(), labels, ids, OBJECTIVES["convex"])
-    assert before == {key: x.data_ptr() for key, x in head_module.workspace._buffers.items()}
-    head_module.workspace.clear()
-    assert not head_module.workspace._buffers
-
-
 def test_ties_count_for_the_first_token_as_in_argmax():
     hidden, weight = torch.ones(3, 2), torch.zeros(5, 2)
     weight[1] = weight[3] = 1.0
@@ -457,20 +152,6 @@ def test_extreme_logits_stay_finite():
     assert tensors["weight"].grad.isfinite().all()
 
 
-def test_the_log_says_which_path_ran_and_why(caplog):
-    head_module._said.clear()
-    tensors, labels, ids = batch(torch.float32)
-    with caplog.at_level(logging.INFO, logger="convexlm.head"):
-        for _ in range(2):
-            fused_objective(*tensors.values(), labels, ids, OBJECTIVES["convex"], chunk_tokens=17)
-            fused_objective(*tensors.values(), labels, ids, OBJECTIVES["convex"], chunk_tokens=16)
-    assert [r.getMessage() for r in caplog.records] == [
-        "fused head: one-pass path, because every sequence fits a chunk of 17 tokens",
-        "fused head: recompute path, because a sequence has 17 target tokens and a chunk takes 16",
-    ]
-    assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -500,31 +181,6 @@ def test_what_does_not_fit_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         fused_objective(**{**arguments, **change})
-
-
-def test_the_plan_keeps_sequences_whole():
-    groups = plan_groups([3, 4, 2, 9, 1], chunk_tokens=7)
-    assert [g.pieces for g in groups] == [((0, 7),), ((7, 9),), ((9, 13), (13, 18)), ((18, 19),)]
-    assert plan_groups([], 7) == []
-    assert pieces_of(0, 10, 3) == ((0, 2), (2, 5), (5, 7), (7, 10))
-
-
-def test_the_default_chunk_shrinks_with_the_vocabulary():
-    cpu = torch.device("cpu")
-    sizes = [default_chunk_tokens(v, 2, cpu) for v in (1000, 32_000, 150_000, 10**9)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] >= 1
-    assert sizes[1] * 32_000 * 2 <= 256 * 2**20
-
-
-def test_a_batch_is_one_chunk_where_several_would_take_more_memory():
-    other, cpu = torch.device("meta"), torch.device("cpu")
-    limit, row = default_chunk_tokens(150_000, 2, other), 150_000 * 2
-    assert chunk_limit(limit + 100, 150_000, 2, other, 100 * row) == limit + 100
-    assert chunk_limit(limit + 101, 150_000, 2, other, 100 * row) == limit
-    assert chunk_limit(limit + 1, 150_000, 2, other, 0) == chunk_limit(5, 150_000, 2, other, 0) == limit
-    on_cpu = default_chunk_tokens(150_000, 2, cpu)
-    assert chunk_limit(on_cpu + 1, 150_000, 2, cpu, 100 * row) == on_cpu
 
 
 def test_products_run_in_the_inputs_dtype_unless_that_is_slow(monkeypatch):

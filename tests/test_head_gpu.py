@@ -7,7 +7,7 @@ import torch
 
 from convexlm import head_tiles, head_triton
 from convexlm.head import fused_objective
-from test_head import LENGTHS, OBJECTIVES, TOLERANCE, batch, error, reference
+from head_helpers import LENGTHS, OBJECTIVES, TOLERANCE, batch, error, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")]
 

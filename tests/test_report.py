@@ -1,10 +1,11 @@
+"""The page that a run folder becomes: its scores and figures, its sentences, and hostile text in it."""
+
 from __future__ import annotations
 
 import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,45 +14,17 @@ from sacrebleu.metrics import CHRF
 from convexlm.errors import UserError
 from convexlm.report import write_report
 from convexlm.report.data import read_run
-from convexlm.report.findings import headline, is_sure
 from convexlm.report.sentences import read_sentences
 from convexlm.report.text import script_json
-from report_helpers import ARMS, HOSTILE, SCRIPT, make_run
+from report_helpers import ARMS, HOSTILE, SCRIPT, Page, change, comparison_of, make_run, page_of, plain_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Page(HTMLParser):
-    """What a browser's parser makes of a page: its tags, its visible text, its embedded data."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.data = ""
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self._inside = dict(attrs).get("id") or tag
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "data":
-            self.data += data
-        elif not self._inside:
-            self.text += data
-
-
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "plain")
+    return plain_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
@@ -63,20 +36,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(plain: Path, tmp_path: Path) -> Path:
     """A run folder to change."""
     return shutil.copytree(plain, tmp_path / "copy")
-
-
-def page_of(run: Path, tmp_path: Path) -> Page:
-    return Page(write_report(run, tmp_path / "page.html").read_text(encoding="utf-8"))
-
-
-def comparison_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "comparison.json").read_text(encoding="utf-8"))
-
-
-def change(run: Path, edit: Any) -> None:
-    comparison = comparison_of(run)
-    edit(comparison)
-    (run / "comparison.json").write_text(json.dumps(comparison), encoding="utf-8")
 
 
 # -- the page
@@ -185,124 +144,37 @@ def test_one_arm_one_seed_has_scores_and_no_test(tmp_path: Path) -> None:
     assert "mle: scores of one objective" in page.text
 
 
-# -- what won
+def test_outputs_and_lengths_are_in_the_page_and_in_markdown(plain: Path, tmp_path: Path) -> None:
+    text = write_report(plain, tmp_path / "a.html").read_text(encoding="utf-8")
+    comparison = json.loads((plain / "comparison.json").read_text())
+    row = comparison["outputs"][0]
+    assert f"{row['length_ratio']:.3g}</td>" in text and "By length of the source" in text
+    for part in comparison["by_length"]:
+        assert f'<td class="num">{part["score"]:.2f}</td>' in text
+    assert 'class="upright"' in text  # intervals of the checkpoints
+    markdown = write_report(plain, tmp_path / "a.md", format="md").read_text(encoding="utf-8")
+    assert "### Outputs" in markdown and f"| {row['length_ratio']:.3f} |" in markdown
 
 
-def _row(delta: float, low: float, high: float, p: float, **more: Any) -> dict[str, Any]:
-    ps = {"p_value": p, "p_two_sided": p, "p_holm": p}
-    return {"delta": delta, "delta_low": low, "delta_high": high, **ps, **more}
+@pytest.mark.parametrize("on", ["test", "validation"])
+def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_path: Path, on: str) -> None:
 
-
-def test_sure_needs_the_interval_and_every_p() -> None:
-    assert is_sure(_row(2, 1, 3, 0.01))
-    assert is_sure(_row(-2, -3, -1, 0.01))
-    assert not is_sure(_row(2, -1, 3, 0.01))
-    assert not is_sure(_row(2, 1, 3, 0.01) | {"p_holm": 0.06})
-    assert not is_sure(_row(2, 1, 3, 0.01) | {"p_two_sided": 0.06})
-    assert not is_sure(_row(2, math.nan, 3, 0.01))
-    assert not is_sure({"delta": None})
-
-
-@pytest.mark.parametrize(
-    ("greedy", "beam", "said"),
-    [
-        (
-            _row(2, 1, 3, 0.01),
-            _row(2, 1, 3, 0.01),
-            "convex-k1 beats mle with every search: +2.00 BLEU (greedy search)",
-        ),
-        (_row(2, -1, 3, 0.2), _row(1, -1, 3, 0.3), "No objective differs from mle beyond chance"),
-        (_row(-2, -3, -1, 0.01), _row(-2, -3, -1, 0.01), "mle is ahead of every other objective"),
-        (
-            _row(2, 1, 3, 0.01),
-            _row(1, -1, 3, 0.3),
-            "With greedy search convex-k1 is ahead of mle by +2.00 BLEU; "
-            "with beam5 search no objective is surely ahead",
-        ),
-    ],
-)
-def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam: dict, said: str) -> None:
-    def edit(comparison: dict[str, Any]) -> None:
-        comparison["arms"] = ["mle", "convex-k1"]
-        rows = [row for row in comparison["table"] if row["arm"] != "convex-k3"]
-        for row in rows:
-            if row["arm"] == "convex-k1" and row["metric"] == "bleu":
-                row.update(greedy if row["search"] == "greedy" else beam)
-        comparison["table"] = rows
-
-    change(copy, edit)
-    assert headline(read_run(copy))[0] == said
-
-
-@pytest.mark.parametrize(
-    ("rows", "said", "sentence", "line"),
-    [
-        (  # the larger lead may be luck, the smaller one is none
-            [_row(1.2, -0.1, 2.5, 0.07), _row(1, 0.6, 1.4, 0.002)],
-            "convex-k3 beats mle with greedy search: +1.00 BLEU",
-            "convex-k1 scores more, but that may be luck: +1.20",
-            "convex-k3 is ahead of mle by 1.00 BLEU (p = 0.002); "
-            "the lead of convex-k1, 1.20 BLEU (p = 0.070), may be luck",
-        ),
-        (
-            [_row(0.05, -1, 1, 0.8), _row(-6, -7, -5, 0.001)],
-            "No objective is surely ahead of mle",
-            "best of the others is convex-k1, +0.05",
-            "no arm is surely ahead of mle, and surely behind is convex-k3",
-        ),
-        (
-            [_row(0.05, -1, 1, 0.8), _row(-0.5, -1.5, 0.5, 0.3)],
-            "No objective differs from mle beyond chance",
-            "best of the others is convex-k1",
-            "no arm differs from mle beyond chance; nearest the top is convex-k1, +0.05 BLEU (p = 0.800)",
-        ),
-    ],
-)
-def test_an_arm_that_is_surely_ahead_or_behind_is_not_hidden_by_a_better_one(
-    copy: Path, rows: list[dict], said: str, sentence: str, line: str
-) -> None:
-    from convexlm.tables import conclusions
-
-    def edit(comparison: dict[str, Any]) -> None:
-        comparison["searches"] = ["greedy"]
-        comparison["table"] = [row for row in comparison["table"] if row["search"] == "greedy"]
-        for row in comparison["table"]:
-            if row["metric"] == "bleu" and row["arm"] != "mle":
-                row.update(rows[row["arm"] == "convex-k3"])
-
-    change(copy, edit)
-    run = read_run(copy)
-    title, sentences = headline(run)
-    assert title == said and sentence in sentences[0]
-    assert conclusions(run.comparison) == [f"greedy: {line}"]
-
-
-def test_lower_is_better_for_ter(copy: Path) -> None:
-    def edit(comparison: dict[str, Any]) -> None:
-        comparison["metrics"] = ["ter"]
-        rows = [row for row in comparison["table"] if row["metric"] == "bleu"]
-        for row in rows:
-            row.update(metric="ter", higher_is_better=False)
-            if row["arm"] != "mle":
-                row.update(_row(-5 if row["arm"] == "convex-k1" else 5, 0, 0, 0.01))
-                row.update(delta_low=row["delta"] - 1, delta_high=row["delta"] + 1)
-        comparison["table"] = rows
-
-    change(copy, edit)
-    assert headline(read_run(copy))[0] == "convex-k1 beats mle with every search: −5.00 TER (greedy search)"
-
-
-def test_two_metrics_that_disagree_are_named(copy: Path, tmp_path: Path) -> None:
-    def edit(comparison: dict[str, Any]) -> None:
-        for row in comparison["table"]:
-            if row["arm"] == "convex-k3" and row["metric"] == "chrf" and row["search"] == "greedy":
-                row.update(_row(-7, -8, -6, 0.001))
-
-    change(copy, edit)
-    said = headline(read_run(copy))[1]
-    assert [text for text in said if "disagrees" in text] == [
-        "chrF disagrees: by it convex-k3 with greedy search is behind mle, −7.00 (95 % interval −8.00 to −6.00)."
-    ]
+    shutil.copytree(plain, tmp_path / "run")
+    path = tmp_path / "run" / "comparison.json"
+    comparison = json.loads(path.read_text())
+    comparison["selection"] = {
+        "on": on,
+        "metric": "bleu",
+        "search": "greedy",
+        "chosen": comparison["checkpoints"],
+    }
+    path.write_text(json.dumps(comparison))
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    said = "selected on the test set itself" if on == "test" else "selected on the validation sets"
+    assert said in text and ('class="lede warning"' in text) == (on == "test")
+    markdown = write_report(tmp_path / "run", format="md").read_text(encoding="utf-8")
+    assert said in markdown and ("WARNING: Checkpoints" in markdown) == (on == "test")
+    assert said in write_report(tmp_path / "run", format="latex").read_text(encoding="utf-8")
 
 
 # -- sentences
@@ -404,122 +276,3 @@ def test_hostile_names_are_escaped_in_every_format(copy: Path, tmp_path: Path) -
         written = write_report(copy, tmp_path / "out", format=format_).read_text(encoding="utf-8")
         assert "\u202e" not in written
     assert json.loads(written)["recipe"] == evil
-
-
-# -- other formats
-
-
-def test_markdown_latex_and_json_have_the_tables(plain: Path, tmp_path: Path) -> None:
-    markdown = write_report(plain, tmp_path / "r.md", format="md").read_text(encoding="utf-8")
-    table = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table[:8]}) == 1
-    row = next(row for row in comparison_of(plain)["table"] if row["arm"] == "convex-k3" and row["metric"] == "bleu")
-    assert f"| convex-k3 | greedy | {row['score']:.2f} | {row['delta']:+.2f} |" in markdown
-    latex = write_report(plain, tmp_path / "r.tex", format="latex").read_text(encoding="utf-8")
-    assert f"convex-k3 & greedy & {row['score']:.2f} & {row['delta']:+.2f} &" in latex
-    assert r"95 \% interval" in latex
-    found = json.loads(write_report(plain, tmp_path / "r.json", format="json").read_text(encoding="utf-8"))
-    assert found["table"] == comparison_of(plain)["table"]
-    assert set(found["metrics"]) == {"bleu", "chrf"}
-    assert len(found["training"]) == 6
-
-
-def test_an_unknown_format_names_the_known(plain: Path) -> None:
-    with pytest.raises(UserError, match="unknown report format `pdf`; known: html, md, latex, json"):
-        write_report(plain, format="pdf")
-
-
-# -- folders that cannot be reported
-
-
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        write_report(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is a file"):
-        write_report(tmp_path / "file")
-    with pytest.raises(UserError, match=r"is no run folder: it has no recipe\.yaml"):
-        write_report(tmp_path)
-
-
-def test_the_missing_stage_is_named(copy: Path) -> None:
-    (copy / "comparison.json").unlink()
-    with pytest.raises(UserError, match=r"no comparison\.json \(stage `score and compare`\)"):
-        write_report(copy)
-    shutil.rmtree(copy / "decode")
-    with pytest.raises(UserError, match="stage `decode`"):
-        write_report(copy)
-    shutil.rmtree(copy / "train")
-    with pytest.raises(UserError, match="stage `train`"):
-        write_report(copy)
-
-
-def test_broken_files_are_named(copy: Path) -> None:
-    (copy / "comparison.json").write_text("{\n nonsense")
-    with pytest.raises(UserError, match=r"comparison\.json, line 2: not valid JSON"):
-        write_report(copy)
-    (copy / "comparison.json").write_text('{"schema": 99}')
-    with pytest.raises(UserError, match="another version"):
-        write_report(copy)
-    (copy / "comparison.json").write_text('{"schema": 1, "recipe": "x"}')
-    with pytest.raises(UserError, match="has no `baseline`"):
-        write_report(copy)
-
-
-def test_an_output_that_cannot_be_written(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder"):
-        write_report(plain, tmp_path)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_report(plain, tmp_path / "file" / "page.html")
-
-
-def test_outputs_and_lengths_are_in_the_page_and_in_markdown(plain: Path, tmp_path: Path) -> None:
-    text = write_report(plain, tmp_path / "a.html").read_text(encoding="utf-8")
-    comparison = json.loads((plain / "comparison.json").read_text())
-    row = comparison["outputs"][0]
-    assert f"{row['length_ratio']:.3g}</td>" in text and "By length of the source" in text
-    for part in comparison["by_length"]:
-        assert f'<td class="num">{part["score"]:.2f}</td>' in text
-    assert 'class="upright"' in text  # intervals of the checkpoints
-    markdown = write_report(plain, tmp_path / "a.md", format="md").read_text(encoding="utf-8")
-    assert "### Outputs" in markdown and f"| {row['length_ratio']:.3f} |" in markdown
-
-
-@pytest.mark.parametrize("on", ["test", "validation"])
-def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_path: Path, on: str) -> None:
-
-    shutil.copytree(plain, tmp_path / "run")
-    path = tmp_path / "run" / "comparison.json"
-    comparison = json.loads(path.read_text())
-    comparison["selection"] = {
-        "on": on,
-        "metric": "bleu",
-        "search": "greedy",
-        "chosen": comparison["checkpoints"],
-    }
-    path.write_text(json.dumps(comparison))
-    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    said = "selected on the test set itself" if on == "test" else "selected on the validation sets"
-    assert said in text and ('class="lede warning"' in text) == (on == "test")
-    markdown = write_report(tmp_path / "run", format="md").read_text(encoding="utf-8")
-    assert said in markdown and ("WARNING: Checkpoints" in markdown) == (on == "test")
-    assert said in write_report(tmp_path / "run", format="latex").read_text(encoding="utf-8")
-
-
-def test_a_report_writes_over_earlier_reports_only(plain: Path, tmp_path: Path) -> None:
-    for format in ("html", "md", "latex", "json"):
-        path = tmp_path / "out"
-        path.unlink(missing_ok=True)
-        assert write_report(plain, path, format=format) == path
-        assert write_report(plain, path, format=format) == path
-        path.write_text("mine\n")
-        with pytest.raises(UserError, match="is no earlier report"):
-            write_report(plain, path, format=format)
-        assert path.read_text() == "mine\n"
-    before = (plain / "scores.jsonl").read_bytes()
-    with pytest.raises(UserError, match="is no earlier report"):
-        write_report(plain, plain / "scores.jsonl")
-    assert (plain / "scores.jsonl").read_bytes() == before
-    with pytest.raises(UserError, match="in place of -"):
-        write_report(plain, "-")
