@@ -15,20 +15,29 @@ INTERVALS = (
 FIGURE = "python benchmarks/evidence/figure.py results/evidence.jsonl --experiment {name}"
 
 
-def appendix(experiments: dict[str, dict[str, Any]], rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def appendix(
+    experiments: dict[str, dict[str, Any]], rows: dict[str, list[dict[str, Any]]], ranks: dict[str, float]
+) -> list[str]:
     """A section an experiment, in the order of experiments.yaml.
 
     Args:
         experiments: name -> `title`, `page`, `commands`, and where there are any, `intervals`, `figure`,
             `figure_title`, `cost`.
         rows: by experiment.
+        ranks: by experiment, where it was taken down: how often p̄ of the start ranks a right pair above a wrong one.
     """
     out = [at_the_edge([row for name in experiments for row in rows[name]]), ""]
     for name, about in experiments.items():
         title, page = about["title"], about["page"]
         out += [f"## {title[0].upper()}{title[1:]}", ""]
         out += [f"`{name}`, told on [{page.partition('.md')[0]}]({page}).", ""]
-        out += ["```", *commands(name, about), "```", "", cost(rows[name], about), "", *scores(rows[name]), ""]
+        out += ["```", *commands(name, about), "```", "", cost(rows[name], about), ""]
+        if name in ranks:
+            out += [
+                f"p̄ of the start ranks a right pair above a wrong one in {100 * ranks[name]:.1f} % of couples.",
+                "",
+            ]
+        out += [*scores(rows[name]), ""]
     return out[:-1]
 
 

@@ -38,7 +38,7 @@ class Published:
     """What the tables are made of.
 
     Args:
-        results: folder with `evidence.jsonl` and `evidence-intervals.json`.
+        results: folder with `evidence.jsonl`, `evidence-intervals.json` and `evidence-ranks.json`.
     """
 
     def __init__(self, results: Path) -> None:
@@ -50,6 +50,7 @@ class Published:
         for one in json.loads((results / "evidence-intervals.json").read_text(encoding="utf-8")):
             whole = one.get("part", "all") == "all"
             (self.intervals if whole else self.parts).setdefault(one["experiment"], []).append(one)
+        self.ranks = json.loads((results / "evidence-ranks.json").read_text(encoding="utf-8"))
         self.tables = yaml.safe_load((HERE / "tables.yaml").read_text(encoding="utf-8"))
         self.experiments = yaml.safe_load((HERE / "experiments.yaml").read_text(encoding="utf-8"))["experiments"]
 
@@ -74,7 +75,7 @@ class Published:
             experiment, names, searches, *arms = words
             lines = parts(self.parts[experiment], names.split(","), searches.split(","), arms)
         elif kind == "appendix":
-            lines = appendix(self.experiments, self.rows)
+            lines = appendix(self.experiments, self.rows, self.ranks)
         else:
             raise ValueError(f"a table of kind {kind!r}")
         return "\n".join(lines)
