@@ -167,6 +167,20 @@ def test_a_default_config_of_the_readme_holds_for_a_stream_too(tmp_path: Path) -
     assert rows == tokenize_records(load_records(name), tiny_tokenizer(), SETTINGS, None).rows
 
 
+@pytest.mark.parametrize("card", ["# Only text\n", "---\nlicense: mit\n---\n", "---\nconfigs: []\n---\n", ""])
+def test_a_readme_without_configs_says_nothing_of_shards(tmp_path: Path, card: str) -> None:
+    write(tmp_path / "train-0.jsonl", "train", 1)
+    (tmp_path / "README.md").write_text(card)
+    assert [Path(source).name for source in sources(str(tmp_path))] == ["train-0.jsonl"]
+
+
+def test_a_readme_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train.jsonl", "train", 1)
+    (tmp_path / "data" / "README.md").write_text("---\n: bad: [yaml\n---\n")
+    with pytest.raises(UserError, match="cannot be loaded as a dataset"):
+        next(RecordStream(str(tmp_path / "data"), "alpaca", tiny_tokenizer(), SETTINGS, None)())
+
+
 def test_shards_of_another_split_are_streamed(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train-0.jsonl", "train", 3)
     write(tmp_path / "data" / "test-0.jsonl", "test", 2)

@@ -165,12 +165,13 @@ def sources(dataset: str) -> list[str]:
 
 def _has_configs(folder: Path) -> bool:
     """Whether the folder's README says which files are which config's and split's (`configs:`)."""
-    from huggingface_hub import DatasetCard
+    import yaml
+    from huggingface_hub import metadata_load
 
     readme = folder / "README.md"
     try:
-        return readme.is_file() and "configs" in DatasetCard.load(readme).data
-    except (OSError, ValueError):
+        return readme.is_file() and bool((metadata_load(readme) or {}).get("configs"))
+    except (OSError, ValueError, yaml.YAMLError):
         return True  # `datasets` says what is wrong with it
 
 
