@@ -35,6 +35,18 @@ def regularised_in_parts(model: Any, parts: int) -> Iterator[None]:
             config.orth_reg_weight = weight
 
 
+def show_forward(wrapped: Any, base: Any) -> None:
+    """Let an adapter that kept the forward pass of its model's class go through the model's own (AdaptionPrompt).
+
+    Args:
+        wrapped: the model, wrapped by PEFT or not.
+        base: what is wrapped, whose `forward` has been changed since.
+    """
+    inner = getattr(wrapped, "base_model", None)
+    if inner is not None and inner is not base and "forward" in vars(inner):
+        inner.forward = base.forward
+
+
 def merge_adapter(model: Any) -> Any:
     """The base model with the adapter's weights added to its own.
 
@@ -69,9 +81,11 @@ def _untie(base: Any) -> None:
         if (weight := module._parameters.get("weight")) is not None:
             holders[id(weight)].append((name, module))
     embeddings = [layer for layer in _embeddings(base) if layer is not None]
+    # Tokens that are trained for both sides at once replace rows of the tied tensor for both, in training as well.
+    both = [one for one in base.modules() if isinstance(one, TrainableTokensLayer) and one.tied_adapter is not None]
+    shared = {id(one) for one in both} | {id(one.tied_adapter) for one in both}
     for name, layer in base.named_modules():
-        # Trained tokens replace rows of a tied tensor for both sides, in training as well.
-        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+        if not isinstance(layer, BaseTunerLayer) or id(layer) in shared:
             continue
         own: Any = layer.get_base_layer()
         if (weight := own._parameters.get("weight")) is None:
@@ -104,7 +118,14 @@ def _embeddings(model: Any) -> tuple[Any, Any]:
 
 
 def _inside(layer: Any) -> Any:
-    return next((layer._modules[name] for name in ("base_layer", "original_module") if name in layer._modules), None)
+    return next(
+        (
+            layer._modules[name]
+            for name in ("base_layer", "original_module", "token_adapter")
+            if name in layer._modules
+        ),
+        None,
+    )
 
 
 def _say_untied(model: Any) -> None:

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from convexlm.adapter_refusals import other_when_resumed
 from convexlm.attributes import changed
 from convexlm.checkpoints import (
     PROGRESS_FILE,
@@ -130,6 +131,8 @@ class DurableCheckpoints:
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         """As in the Trainer; an adapter stays in the dtype that it is trained in, and experts find their weights."""
+        if reason := other_when_resumed(self.model):
+            raise ValueError(f"{resume_from_checkpoint}: cannot be gone on from: {reason}; begin anew")
         if self._reads_other_names(resume_from_checkpoint):
             load_as_transformers_does(self.model, resume_from_checkpoint)
             return

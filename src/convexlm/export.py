@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convexlm.checkpoints import COMPLETE_FILE, SAVING_FILE, read_marker, sync_tree, why_incomplete
-from convexlm.decoding.checkpoint import is_adapter
+from convexlm.decoding.checkpoint import is_adapter, refuse_several_adapters
 from convexlm.errors import UserError, first_line
 from convexlm.export_weights import ADAPTER_CONFIG, base_of, copy_adapter, load, sharded_folder
 from convexlm.files import read_json_object, write_atomic
@@ -134,6 +134,7 @@ def kind_of(checkpoint: Path) -> str:
     if (checkpoint / ADAPTER_CONFIG).is_file():
         if not is_adapter(checkpoint):
             raise UserError(f"{checkpoint}: holds a whole model and an adapter; take out the one that is not meant")
+        refuse_several_adapters(checkpoint)
         return "adapter"
     if (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors")):
         return "plain"
@@ -141,6 +142,8 @@ def kind_of(checkpoint: Path) -> str:
         return "sharded"
     if (checkpoint / "latest").is_file() or any(checkpoint.glob("global_step*")):
         return "zero"
+    if inner := sorted(path.parent for path in checkpoint.glob("*/adapter_config.json")):
+        raise UserError(f"{checkpoint}: no weights there; did you mean {inner[-1]}?")
     if any(checkpoint.glob("*.bin")):
         raise UserError(
             f"{checkpoint}: its weights are pickles (.bin), which are not loaded; save them as safetensors"

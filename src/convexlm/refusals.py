@@ -34,28 +34,6 @@ def refuse_what_cannot_be_honoured(args: ConvexConfig, objective: Objective, giv
         raise ValueError(reason)
 
 
-def refuse_prompt_learning(model: Any, *, flat: bool, left: bool) -> None:
-    """Refuse virtual tokens (prompt and prefix tuning) with batches that need `position_ids`, which PEFT drops then.
-
-    Args:
-        model: the model, wrapped by PEFT or not.
-        flat: batches are packed or padding-free.
-        left: batches are padded on the left.
-
-    Raises:
-        ValueError: the two come together.
-    """
-    configs = getattr(model, "peft_config", None)
-    configs = list(configs.values()) if isinstance(configs, dict) else []
-    virtual = [config.peft_type.value for config in configs if config.is_prompt_learning]
-    if virtual and (flat or left):
-        mended = "`packing=False` and `padding_free=False`" if flat else "`padding_side='right'`"
-        raise ValueError(
-            f"with the virtual tokens of {virtual[0]} PEFT drops the `position_ids` that say where a record begins; "
-            f"use {mended}"
-        )
-
-
 def refuse_lost_weights(collator: Any, datasets: Mapping[str, Any]) -> None:
     """Refuse records with a `weight` where a collator of the user's own would drop it.
 

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from convexlm.accelerate_environment import leave_the_environment
-from convexlm.adapters import regularised_in_parts
+from convexlm.adapter_refusals import refuse_adapters
+from convexlm.adapters import regularised_in_parts, show_forward
 from convexlm.causality import refuse_looking_ahead, refuse_other_models
 from convexlm.checkpoints import checkpoint_to_resume
 from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_rows, sequences_of
@@ -34,7 +35,7 @@ from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, mer
 from convexlm.prepared_data import PreparedData
 from convexlm.quantized import keep_gradients
 from convexlm.record_separation import refuse_mixing
-from convexlm.refusals import refuse_packed_rows, refuse_prompt_learning, refuse_what_cannot_be_honoured
+from convexlm.refusals import refuse_packed_rows, refuse_what_cannot_be_honoured
 from convexlm.repeats import NoRepeats
 from convexlm.sampling import SamplingOrder
 
@@ -94,7 +95,14 @@ class ConvexTrainer(
                 "context, sequence and tensor parallelism are not supported: they split a sequence over devices, and "
                 "its mean log-probability is not reduced over them; use FSDP, DeepSpeed ZeRO or DDP"
             )
-        refuse_prompt_learning(self.model, flat=self.padding_free, left=args.padding_side == "left")
+        refuse_adapters(
+            self.model,
+            flat=self.padding_free,
+            left=args.padding_side == "left",
+            checkpointing=args.gradient_checkpointing,
+            router_loss=self.aux_loss_enabled,
+            best=args.load_best_model_at_end,
+        )
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         refuse_other_models(base)
         keep_gradients(base)
@@ -118,6 +126,7 @@ class ConvexTrainer(
         if args.label_smoothing_factor and (reason := refuse_label_smoothing(self.objective, softcap)):
             raise ValueError(reason)
         add_fused_objective(base)
+        show_forward(self.model, base)
         keep_output_dtype(self.accelerator)
         refuse_other_logits(self, base)
         refuse_looking_ahead(self, base)
@@ -193,6 +202,11 @@ class ConvexTrainer(
         world = self.accelerator.num_processes if num_items_in_batch is not None else 1
         with regularised_in_parts(self.model, steps * world):
             outputs = model(**inputs, fused_objective=call)
+        if getattr(outputs, "statistics", None) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} puts a forward pass of its own around the model's, which left the loss "
+                "out; this adapter or wrapper is not supported"
+            )
         # DDP averages gradients over ranks; this loss is a part of a sum.
         loss = outputs.loss * world
         if self.aux_loss_enabled:

@@ -56,6 +56,21 @@ def _has_whole_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
 
 
+def refuse_several_adapters(folder: Path) -> None:
+    """Refuse an adapter beside which PEFT saved others: which of them were at work is not in the files.
+
+    Raises:
+        UserError: there are some.
+    """
+    # The checkpoints of a training may lie beside its end.
+    inside = {path.parent for path in folder.glob("*/adapter_config.json")} - set(folder.glob("checkpoint-*"))
+    if others := sorted(inside):
+        raise UserError(
+            f"{folder}: holds several adapters (its own, {', '.join(path.name for path in others)}), and which of "
+            "them were at work is not said; take the one that is meant out into a folder of its own"
+        )
+
+
 def check_checkpoint(folder: Path) -> None:
     """Refuse a folder that holds no model, before anything heavy starts.
 
@@ -68,6 +83,7 @@ def check_checkpoint(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file, expected a checkpoint folder")
     if is_adapter(folder):
+        refuse_several_adapters(folder)
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: an adapter without weights (no adapter_model.safetensors)")
         config = read_json_object(folder / "adapter_config.json")
@@ -89,6 +105,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: holds a whole model and an adapter; take out the one that is not meant")
     if not (folder / "config.json").is_file():
         inner = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        inner = inner or sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
         hint = f"; did you mean {folder / inner[-1]}?" if inner else ""
         raise UserError(f"{folder}: not a checkpoint folder (it has no config.json){hint}")
     index = folder / "model.safetensors.index.json"

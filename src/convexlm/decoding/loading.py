@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexlm import adapters
+from convexlm.adapter_refusals import kind_of, not_to_be_repeated
 from convexlm.decoding.checkpoint import base_of_adapter, is_adapter
 from convexlm.errors import UserError
 
@@ -115,9 +116,19 @@ def with_adapter(model: Any, adapter: Path, device: str) -> Any:
         ValueError: the adapter's file lacks weights, or has some for layers that the model does not have. PEFT goes
             on with those that training begins with, and without the others.
     """
-    from peft import PeftModel, set_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    config = PeftConfig.from_pretrained(adapter)
+    if reason := not_to_be_repeated(config):
+        raise ValueError(
+            f"PEFT {reason}, so this is not the base that it was trained on; save it with "
+            "`path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`, which makes a plain LoRA of it"
+        )
+    if kind_of(config) == "FROD" and model.dtype.itemsize < 4:
+        raise ValueError(
+            f"FROD computes its bases from the base model's weights, other ones in {model.dtype}; use float32"
+        )
     _fit_vocabulary(model, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
@@ -126,8 +137,8 @@ def with_adapter(model: Any, adapter: Path, device: str) -> Any:
         except UserWarning as warning:
             lacking = [name.replace(".default.", ".") for name in re.findall("'([^']+)'", str(warning))]
             raise ValueError(f"its file lacks {len(lacking)} of its weights, such as {lacking[-1]}") from None
-    # `from_pretrained` does not say what it left out; putting the same weights there once more does.
-    unexpected = set_peft_model_state_dict(whole, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+    # `from_pretrained` does not say what it left out.
+    unexpected = load_peft_weights(str(adapter), device="cpu").keys() - get_peft_model_state_dict(whole).keys()
     if left_out := _of_other_layers(unexpected, whole):
         raise ValueError(f"the model has no place for {len(left_out)} of its weights, such as {left_out[0]}")
     return whole
