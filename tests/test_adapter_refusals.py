@@ -154,6 +154,24 @@ def test_adaption_prompt_has_pefts_loss(objective: dict[str, Any], tmp_path: Pat
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-4)
 
 
+def test_predictions_are_those_of_the_batch_where_there_are_virtual_tokens(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = noisy(peft.get_peft_model(tiny_model(), config))
+    one = {"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()}
+    seen = {}
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen["logits"], seen["labels"] = torch.as_tensor(prediction.predictions), prediction.label_ids
+        return {}
+
+    trainer = make(tmp_path, Dataset.from_list([one]), model=model, given={"compute_metrics": metrics})
+    trainer.predict(Dataset.from_list([one]))
+    assert seen["logits"].shape[:2] == seen["labels"].shape == IDS.shape
+    torch.testing.assert_close(seen["logits"].float(), logits(trainer.model)[:, 4:], rtol=1e-4, atol=1e-4)
+
+
 def test_p_tuning_is_not_gone_on_from(tmp_path: Path) -> None:
     def trainer() -> Any:
         config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16)

@@ -219,7 +219,10 @@ class ConvexTrainer(
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
+            found = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        # Of virtual tokens PEFT gives logits, too; those of the batch come last.
+        found.logits = found.logits[:, -inputs["labels"].shape[1] :]
+        return loss, found
 
     def _head_call(
         self, mode: str, inputs: dict[str, Any], token_weights: Tensor | None, normalizer: Tensor | int | None
