@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from convexlm import tokenization, training
 from convexlm.config import ConvexConfig
+from convexlm.data_options import DataOptions
 from convexlm.decoding.checkpoint import base_of_adapter, checkpoint_sha256, find_checkpoint
 from convexlm.errors import UserError
 from convexlm.tokenizer_files import load_tokenizer
@@ -79,7 +80,7 @@ def test_training_takes_tokenizer_and_adapter_by_the_models_revision(
 
     monkeypatch.setattr(tokenization, "load_tokenizer", load)
     args = ConvexConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
-    for data in (training.DataOptions("x.json"), training.DataOptions("x.json", tokenizer_name="other/one")):
+    for data in (DataOptions("x.json"), DataOptions("x.json", tokenizer_name="other/one")):
         with pytest.raises(UserError, match="far enough"):
             training.train_model(model, data, args)
     assert asked == [(options["model_name_or_path"], revision), ("other/one", None)]
@@ -103,7 +104,7 @@ def test_a_tokenizers_revision_goes_to_transformers(monkeypatch: pytest.MonkeyPa
 def test_a_new_model_has_the_dtype_asked_for(tmp_path: Path, asked: str | None, made: torch.dtype) -> None:
     tiny_config(dtype="float16").save_pretrained(tmp_path / "config")
     args = ConvexConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
-    data = training.DataOptions("x.json", config_name=str(tmp_path / "config"))
+    data = DataOptions("x.json", config_name=str(tmp_path / "config"))
     model, _ = model_to_train(ModelConfig(dtype=asked), data, args, tiny_tokenizer())
     assert not isinstance(model, str) and {parameter.dtype for parameter in model.parameters()} == {made}
 
