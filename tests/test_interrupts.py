@@ -18,6 +18,7 @@ from convexlm.interrupts import SignalWatch, agreed_signal
 from convexlm.metrics_file import read_metrics
 from convexlm.trainer import ConvexTrainer
 from pipeline_helpers import recipe_with, write_recipe
+from resume_helpers import metrics
 from training_helpers import Run, environment, train, write_model_files, write_records
 
 # -- noting signals
@@ -119,13 +120,6 @@ def given(files, **settings):
         "lr_scheduler_type": "linear",
     }
     return {**made, **settings}
-
-
-def metrics(folder):
-    return [
-        {key: value for key, value in line.items() if not key.endswith(("_runtime", "_per_second"))}
-        for line in read_metrics(folder)
-    ]
 
 
 @pytest.fixture(scope="module")

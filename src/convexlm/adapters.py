@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def adapter_configs(model: Any) -> list[Any]:
+    """The configs of a model's adapters; empty without any."""
+    configs = getattr(model, "peft_config", None)
+    return list(configs.values()) if isinstance(configs, dict) else []
+
+
 @contextlib.contextmanager
 def regularised_in_parts(model: Any, parts: int) -> Iterator[None]:
     """AdaLoRA adds its regulariser to the loss of every forward pass: in here one part of it, so that all add it once.
@@ -23,9 +29,7 @@ def regularised_in_parts(model: Any, parts: int) -> Iterator[None]:
         model: the model, wrapped by PEFT or not.
         parts: how many passes make a step, those of other processes included.
     """
-    configs = getattr(model, "peft_config", None)
-    configs = list(configs.values()) if isinstance(configs, dict) else []
-    weights = [(one, one.orth_reg_weight) for one in configs if hasattr(one, "orth_reg_weight")]
+    weights = [(one, one.orth_reg_weight) for one in adapter_configs(model) if hasattr(one, "orth_reg_weight")]
     try:
         for config, weight in weights:
             config.orth_reg_weight = weight / parts
