@@ -17,7 +17,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
 import pytest
 
 # A failure in a helper shows what was compared, as one in a test does.
-pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).parent.glob("*_helpers.py")))
+pytest.register_assert_rewrite("forks", *(file.stem for file in Path(__file__).parent.glob("*_helpers.py")))
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,18 @@ import errno
 import json
 import os
 import random
-import select
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from convexlm.errors import UserError
 from convexlm.files import text_sha256
 from decoding_helpers import SOURCES, EchoBackend, fake_checkpoint, make_job, read, run_echo, stop_after, use_echo
+from forks import forks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -163,49 +162,23 @@ def test_hostile_text_arrives_intact(echo: EchoBackend, tmp_path: Path, monkeypa
 
 
 KILLED = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
 import decoding_helpers as helpers
 from convexlm.decoding import decode_jobs
 helpers.EchoBackend.delay = 0.004
-for folder in map(str.strip, sys.stdin):
-    pid = os.fork()  # so that what takes seconds, the imports, is done once
-    if not pid:
-        code = 1
-        try:
-            texts = [f"text {{n}}" for n in range(90)]
-            jobs = [helpers.make_job(Path(folder) / f"{{k}}.jsonl", texts, num_beams=k) for k in (1, 4)]
-            decode_jobs(Path({model!r}), jobs, backend="echo", device="cpu", batch_size=2)
-            code = 0
-        finally:
-            os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+def attempt(folder):
+    texts = [f"text {n}" for n in range(90)]
+    jobs = [helpers.make_job(folder / f"{k}.jsonl", texts, num_beams=k) for k in (1, 4)]
+    decode_jobs(Path(sys.argv[1]), jobs, backend="echo", device="cpu", batch_size=2)
 """
 
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path: Path):
     """25 kills anywhere in a small sweep, appends and the last steps included: the same bytes as one whole run."""
-    model, tests = fake_checkpoint(tmp_path / "model"), str(Path(__file__).parent)
-    script = KILLED.format(tests=tests, model=str(model))
-    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert parent.stdin and parent.stdout
-
-    def decode(folder: Path, seconds: float | None = None) -> int:
-        """Run the sweep to its end, or kill it after so long; its exit status."""
-        parent.stdin.write(f"{folder}\n")
-        parent.stdin.flush()
-        pid = int(parent.stdout.readline())
-        if seconds is not None and not select.select([parent.stdout], [], [], seconds)[0]:
-            os.kill(pid, signal.SIGKILL)  # until its parent has waited for it, the number is nobody else's
-        return int(parent.stdout.readline())
-
-    try:
-        assert decode(tmp_path / "warm") == 0
+    with forks(KILLED, str(fake_checkpoint(tmp_path / "model"))) as server:
+        assert server.run(tmp_path / "warm")
         began = time.monotonic()
-        assert decode(tmp_path / "whole") == 0
+        assert server.run(tmp_path / "whole")
         duration = time.monotonic() - began
         chance = random.Random(7)
         kills, rounds, halfway = 0, 0, 0
@@ -213,14 +186,12 @@ def test_kill_9_at_random_moments(tmp_path: Path):
             folder = tmp_path / f"killed{rounds}"
             rounds += 1
             for _ in range(25):
-                status = decode(folder, chance.uniform(0.05, 1.0) * duration)
-                if status == 0:
+                if server.run(folder, chance.uniform(0.05, 1.0) * duration):
                     break
-                assert status == -signal.SIGKILL
                 kills += 1
                 halfway += any(part.stat().st_size for part in folder.glob("*.part"))
             else:
-                assert decode(folder) == 0
+                assert server.run(folder)
             for name in ("1.jsonl", "4.jsonl"):
                 assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
             assert sorted(path.name for path in folder.iterdir()) == [
@@ -229,7 +200,4 @@ def test_kill_9_at_random_moments(tmp_path: Path):
                 "4.jsonl",
                 "4.meta.json",
             ]
-        assert halfway > 5
-    finally:
-        parent.stdin.close()
-        parent.wait(60)
+    assert halfway > 5

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import subprocess
@@ -24,6 +22,7 @@ from convexlm.decoding import decode_jobs
 from convexlm.decoding.pool import Pool
 from convexlm.errors import UserError
 from decoding_helpers import SOURCES, fake_checkpoint, make_checkpoint, make_job, read
+from forks import forks
 
 MANY = [f"{source} {word}" for word in ("house", "dog", "tree") for source in SOURCES]
 OPTIONS = {"max_new_tokens": 12}
@@ -175,9 +174,6 @@ def test_the_verb_takes_the_number(checkpoint: Path, tmp_path: Path, capsys: pyt
 
 
 FORKS = """
-import os, sys, traceback
-sys.path.insert(0, {tests!r})
-from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from convexlm.decoding import CheckpointJobs, decode_sweep
@@ -186,18 +182,8 @@ import convexlm.decoding.generation, convexlm.decoding.loading, convexlm.tokeniz
 from test_decoding_processes import sweep
 get_backend("hf")
 torch.set_num_threads(1)
-# Each line names a folder; the sweep into it runs in a fork, so that a kill does not wait for imports.
-for line in sys.stdin:
-    if pid := os.fork():
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
-        continue
-    try:
-        sweep([Path(name) for name in sys.argv[1:]], Path(line.strip()))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def attempt(folder):
+    sweep([Path(name) for name in sys.argv[1:]], folder)
 """
 
 
@@ -220,32 +206,15 @@ def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path:
     copy = tmp_path / "checkpoint-61"
     shutil.copytree(checkpoint, copy)
     (copy / "convexlm.json").write_text((copy / "convexlm.json").read_text() + " ")
-    script = FORKS.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script, str(checkpoint), str(copy)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, env=environment, text=True, **pipes)
-
-    def run(name: str, seconds: float | None) -> bool:
-        """Whether it came to its end."""
-        server.stdin.write(f"{tmp_path / name}\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        if seconds is not None and not select.select([server.stdout], [], [], seconds)[0]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        status = int(server.stdout.readline())
-        assert status in (0, signal.SIGKILL), "it failed by itself"
-        return status == 0
 
     def finished(name: str) -> dict[str, bytes]:
         paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths}
 
-    with server:
-        assert run("first", None)  # what is imported late is imported now
+    with forks(FORKS, str(checkpoint), str(copy)) as server:
+        assert server.run(tmp_path / "first")  # what is imported late is imported now
         began = time.monotonic()
-        assert run("whole", None)
+        assert server.run(tmp_path / "whole")
         duration = time.monotonic() - began
         whole, chance, kills, rounds, halfway = finished("whole"), random.Random(11), 0, 0, 0
         while kills < 25:
@@ -253,18 +222,17 @@ def test_kill_9_at_25_random_moments_of_a_real_sweep(checkpoint: Path, tmp_path:
             rounds += 1
             for attempt in range(8):
                 began = time.monotonic()
-                if run(name, chance.uniform(0.0, 1.0) * duration):
+                if server.run(tmp_path / name, chance.uniform(0.0, 1.0) * duration):
                     if not attempt:  # the machine is less busy now
                         duration = min(duration, time.monotonic() - began)
                     break
                 kills += 1
                 halfway += any(part.stat().st_size for part in (tmp_path / name).rglob("*.part"))
             else:
-                assert run(name, None)
+                assert server.run(tmp_path / name)
             files = finished(name)
             assert files.keys() == whole.keys()
             assert all(files[file] == whole[file] for file in files if file.endswith(".jsonl"))
-        server.stdin.close()
     assert halfway > 5
 
 
