@@ -162,6 +162,9 @@ def main() -> None:
     )
     if not args.name and args.data_seed != 1:
         name += f"-draw{args.data_seed}"
+    arms = with_parents(args.recipe, ())["arms"]
+    if unknown := [arm for arm in args.arms or () if arm not in arms]:
+        parser.error(f"--arms {' '.join(unknown)}: {args.recipe} has {', '.join(arms)}")
     folder = args.work_dir.resolve() / name
     data, log = folder / "data", folder / "log.txt"
     if args.data_dir and not data.exists():
@@ -179,7 +182,6 @@ def main() -> None:
         chosen = json.loads((folder / "base" / "selection.json").read_text(encoding="utf-8"))["chosen"]["start"]
         base = folder / "base" / "train" / "start" / chosen
     variables["base"] = str(base)
-    arms = with_parents(args.recipe, ())["arms"]
     share = json.loads((data / "data.json").read_text(encoding="utf-8")).get("share") or 0.0
     if not share:  # nothing to clean
         arms = {arm: entry for arm, entry in arms.items() if "dataset" not in entry}
