@@ -164,7 +164,7 @@ def main() -> None:
         name += f"-draw{args.data_seed}"
     arms = with_parents(args.recipe, ())["arms"]
     if unknown := [arm for arm in args.arms or () if arm not in arms]:
-        parser.error(f"--arms {' '.join(unknown)}: {args.recipe} has {', '.join(arms)}")
+        parser().error(f"--arms {' '.join(unknown)}: {args.recipe} has {', '.join(arms)}")
     folder = args.work_dir.resolve() / name
     data, log = folder / "data", folder / "log.txt"
     if args.data_dir and not data.exists():
