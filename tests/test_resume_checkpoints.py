@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -48,6 +49,24 @@ def test_a_log_between_two_saves_is_whole_after_resuming(files, undisturbed, cop
     assert train(copied, "--resume", **given(files)) == 0
     assert_same_run(copied, undisturbed)
     assert [line["step"] for line in read_metrics(copied)] == [3, 6]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_others_of_a_group_can_read_a_checkpoint(files, undisturbed, tmp_path, lora):
+    """As the `umask` says; safetensors leaves its files to their owner alone."""
+    options = given(files, max_steps=1, save_steps=1)
+    if lora:
+        del options["config_name"]
+        options |= {"model_name_or_path": undisturbed / "checkpoint-8", "use_peft": True}
+        options["lora_target_modules"] = "all-linear"
+    before = os.umask(0o027)
+    try:
+        assert train(tmp_path / "run", **options) == 0
+    finally:
+        os.umask(before)
+    saved = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.name == f"{'adapter_' if lora else ''}model.safetensors" for path in saved)
+    assert {path.name for path in saved if stat.S_IMODE(path.stat().st_mode) != 0o640} == set()
 
 
 # -- checkpoints that are none

@@ -34,7 +34,7 @@ from convexlm.checkpoints import (
 )
 from convexlm.converted_weights import has_other_names, load_as_transformers_does
 from convexlm.errors import Stopped
-from convexlm.files import write_atomic
+from convexlm.files import give_usual_permissions, write_atomic
 from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
 from convexlm.objectives import merge_statistics
 from convexlm.quantized import kept_dtypes
@@ -115,13 +115,17 @@ class DurableCheckpoints:
         self.state.best_global_step = best_step(self.state.log_history, metric, self.args.greater_is_better, steps)
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in the Trainer; the options that it pickles beside the weights are the true ones, without the token."""
+        """As in the Trainer; the options that it pickles beside the weights are the true ones, without the token.
+
+        All files have the usual permissions.
+        """
         if state_dict is not None:
             # Gathered by DeepSpeed, tied weights are two copies, and both would be written.
             tied = getattr(self.model, "all_tied_weights_keys", None) or {}
             state_dict = {name: x for name, x in state_dict.items() if tied.get(name) not in state_dict}
         with changed(self.args, **{**self._true_args, "hub_token": None}):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+        give_usual_permissions(Path(output_dir or self.args.output_dir).glob("*.safetensors"))
 
     def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
         """As in the Trainer, but for tied weights, which a checkpoint holds under their other name only."""

@@ -8,7 +8,6 @@ arguments) stays behind. Pickles are not loaded unseen: see `sharded` for FSDP2,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from convexlm.checkpoints import COMPLETE_FILE, SAVING_FILE, read_marker, sync_t
 from convexlm.decoding.checkpoint import is_adapter, refuse_several_adapters
 from convexlm.errors import UserError, first_line
 from convexlm.export_weights import ADAPTER_CONFIG, base_of, copy_adapter, load, sharded_folder
-from convexlm.files import read_json_object, write_atomic
+from convexlm.files import give_usual_permissions, read_json_object, write_atomic
 from convexlm.launch.deepspeed import refuse_code, zero_folder
 
 VOCABULARIES = (
@@ -106,7 +105,7 @@ def export_checkpoint(
             license_name=license_name,
             name=target.name,
         )
-        _let_others_read(staging)
+        give_usual_permissions(path for path in staging.rglob("*") if path.is_file())
         sync_tree(staging)
         _put_in_place(staging, target)
     except (OSError, SafetensorError) as error:
@@ -173,15 +172,6 @@ def _put_in_place(staging: Path, target: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         raise
     staging.rmdir()
-
-
-def _let_others_read(folder: Path) -> None:
-    """Give all files the usual permissions: safetensors makes its own for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
 
 
 def _check(source: Path, target: Path, output_dir: str | Path, dtype: str) -> None:

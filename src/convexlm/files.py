@@ -33,15 +33,23 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads; a result should have the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        give_usual_permissions([Path(temporary)])  # mkstemp makes files that only their owner reads
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def give_usual_permissions(files: Iterable[Path]) -> None:
+    """Give files the permissions that `open` would have made them with, where only their owner may read them.
+
+    So does safetensors 0.8 leave what it writes (its issue 782): others of a group could not load a checkpoint.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in files:
+        path.chmod(0o666 & ~umask)
 
 
 def sync_folder(folder: Path) -> None:
