@@ -390,6 +390,8 @@ def test_load_tokenizer_errors(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "tokenizer.model").write_text("not a model")
     (tmp_path / "empty").mkdir()
+    byte_level().save_pretrained(tmp_path / "bad-config")
+    (tmp_path / "bad-config" / "config.json").write_text("{")
     for name, message in [
         (tmp_path / "nosuch", "no such file or folder"),
         ("nosuch.model", "no such file or folder"),
@@ -397,6 +399,7 @@ def test_load_tokenizer_errors(tmp_path):
         (tmp_path / "notes.txt", "expected a folder"),
         (tmp_path, "not a SentencePiece model"),
         (tmp_path / "empty", "no tokenizer in this folder"),
+        (tmp_path / "bad-config", r"its tokenizer cannot be loaded \(.*config.json"),
     ]:
         with pytest.raises(UserError, match=message):
             load_tokenizer(name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _PROBES = ("Hello world", " two  blanks", "a\nb\n\n c", '"</s><s>', "Grüße, 你好 🦙", "1234.5", "\ttab", "")
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # transformers' files
 _NORMAL, _BPE = 1, 2  # values of sentencepiece's protocol: piece types, model type
 
 
@@ -52,7 +53,12 @@ def load_tokenizer(path_or_name: str | Path, *, trust_remote_code: bool = False,
         tokenizer = AutoTokenizer.from_pretrained(str(path_or_name), trust_remote_code=trust_remote_code, **at)
     except Exception as error:  # OSError, ValueError, KeyError and the hub client's own, by what is missing
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        what = "no tokenizer in this folder" if path.is_dir() else "no such folder, and not loadable from the hub"
+        if not path.is_dir():
+            what = "no such folder, and not loadable from the hub"
+        elif any((path / name).is_file() for name in ("tokenizer.model", *_OF_A_TOKENIZER)):
+            what = "its tokenizer cannot be loaded"
+        else:
+            what = "no tokenizer in this folder"
         raise UserError(f"{path_or_name}: {what} ({reason})") from None
     if path.is_dir() and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{path}: no tokenizer in this folder (its vocabulary is empty)")
@@ -82,8 +88,7 @@ def said_of_bos(tokenizer: Any, add_bos: bool | None, sources: Sequence[str | No
 
 def _is_bare(folder: Path) -> bool:
     """Whether a folder has a SentencePiece model and nothing else of a tokenizer."""
-    others = ("tokenizer.json", "tokenizer_config.json")
-    return (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in others)
+    return (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in _OF_A_TOKENIZER)
 
 
 def _with_pad(tokenizer: Any) -> Any:
