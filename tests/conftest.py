@@ -56,3 +56,29 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last digits of log-probabilities depend on the number of threads: the same in all processes."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def report_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that most tests of reports read."""
+    from report_helpers import make_run
+
+    return make_run(tmp_path_factory.mktemp("runs") / "plain")
+
+
+@pytest.fixture
+def report_copy(report_run: Path, tmp_path: Path) -> Path:
+    """One to change."""
+    return shutil.copytree(report_run, tmp_path / "copy")

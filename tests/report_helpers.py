@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
 from html.parser import HTMLParser
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -84,12 +83,6 @@ def make_run(
         write_jsonl(run_folder.data / "references.jsonl", rows)
     evaluate(recipe, run_folder, runs, test_sets)
     return folder
-
-
-@cache
-def plain_run(parent: Path) -> Path:
-    """The run that most tests of the page read, in a folder below `parent`; made once a process."""
-    return make_run(parent / "plain-run")
 
 
 class Page(HTMLParser):

@@ -33,18 +33,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("processes") / "checkpoint-60", steps=60)
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last digits of log-probabilities depend on the number of threads: the same in all processes."""
-    import torch
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def jobs_in(folder: Path) -> list[Any]:
     return [
         make_job(folder / "greedy.jsonl", MANY, **OPTIONS),

@@ -18,8 +18,8 @@ from convexlm.interrupts import SignalWatch, agreed_signal
 from convexlm.metrics_file import read_metrics
 from convexlm.trainer import ConvexTrainer
 from pipeline_helpers import recipe_with, write_recipe
-from resume_helpers import metrics
-from training_helpers import Run, environment, train, write_model_files, write_records
+from resume_helpers import metrics, write_files
+from training_helpers import Run, environment, train
 
 # -- noting signals
 
@@ -96,12 +96,7 @@ def test_one_process_agrees_with_itself():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    write_model_files(folder / "model")
-    config = folder / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
-    write_records(folder / "data.jsonl", 25, weights=True)
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def given(files, **settings):

@@ -16,15 +16,10 @@ from convexlm.report import write_report
 from convexlm.report.data import read_run
 from convexlm.report.sentences import read_sentences
 from convexlm.report.text import script_json
-from report_helpers import ARMS, HOSTILE, SCRIPT, Page, change, comparison_of, make_run, page_of, plain_run
+from report_helpers import ARMS, HOSTILE, SCRIPT, Page, change, comparison_of, make_run, page_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plain_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
@@ -32,25 +27,19 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=True, size=12, n_samples=2)
 
 
-@pytest.fixture
-def copy(plain: Path, tmp_path: Path) -> Path:
-    """A run folder to change."""
-    return shutil.copytree(plain, tmp_path / "copy")
-
-
 # -- the page
 
 
-def test_the_page_says_scores_differences_and_how_sure(plain: Path, tmp_path: Path) -> None:
-    page = page_of(plain, tmp_path)
-    for row in comparison_of(plain)["table"]:
+def test_the_page_says_scores_differences_and_how_sure(report_run: Path, tmp_path: Path) -> None:
+    page = page_of(report_run, tmp_path)
+    for row in comparison_of(report_run)["table"]:
         assert f"{row['score']:.2f}" in page.text
         if row["delta"] is not None:
             assert f"{row['delta']:+.2f}" in page.text
             assert f"{row['delta_low']:+.2f} to {row['delta_high']:+.2f}".replace("-", "−") in page.text
         for value in row["by_seed"].values() if row["metric"] == "bleu" else []:
             assert f"{value:.2f}" in page.text
-    for gap in comparison_of(plain)["gaps"]:
+    for gap in comparison_of(report_run)["gaps"]:
         if gap["metric"] == "bleu":
             assert f"{gap['delta_low']:+.2f} to {gap['delta_high']:+.2f}".replace("-", "−") in page.text
     for pair in ("en-de", "en-zh"):
@@ -66,8 +55,8 @@ def test_the_page_says_scores_differences_and_how_sure(plain: Path, tmp_path: Pa
     assert parts == sorted(parts)
 
 
-def test_the_page_loads_nothing(plain: Path, tmp_path: Path) -> None:
-    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+def test_the_page_loads_nothing(report_run: Path, tmp_path: Path) -> None:
+    html = write_report(report_run, tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not [attrs for _, attrs in page.tags if "src" in attrs]
     assert all((attrs["href"] or "").startswith("#") for _, attrs in page.tags if "href" in attrs)
@@ -76,15 +65,15 @@ def test_the_page_loads_nothing(plain: Path, tmp_path: Path) -> None:
     assert "@import" not in html
 
 
-def test_the_same_files_give_the_same_page(plain: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(plain, tmp_path / "elsewhere")
+def test_the_same_files_give_the_same_page(report_run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(report_run, tmp_path / "elsewhere")
     for format_ in ("html", "md", "latex", "json"):
-        first = write_report(plain, tmp_path / "first", format=format_).read_bytes()
+        first = write_report(report_run, tmp_path / "first", format=format_).read_bytes()
         assert write_report(moved, tmp_path / "second", format=format_).read_bytes() == first
 
 
-def test_every_figure_is_there(plain: Path, tmp_path: Path) -> None:
-    titles = [attrs["aria-label"] for tag, attrs in page_of(plain, tmp_path).tags if tag == "svg"]
+def test_every_figure_is_there(report_run: Path, tmp_path: Path) -> None:
+    titles = [attrs["aria-label"] for tag, attrs in page_of(report_run, tmp_path).tags if tag == "svg"]
     for wanted in (
         "BLEU over checkpoints, greedy search",
         "Negative log-likelihood over steps",
@@ -96,20 +85,20 @@ def test_every_figure_is_there(plain: Path, tmp_path: Path) -> None:
         assert wanted in titles
 
 
-def test_no_coordinate_is_nan_where_a_metric_is(plain: Path, tmp_path: Path) -> None:
-    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+def test_no_coordinate_is_nan_where_a_metric_is(report_run: Path, tmp_path: Path) -> None:
+    html = write_report(report_run, tmp_path / "page.html").read_text(encoding="utf-8")
     for figure in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         assert "nan" not in figure.lower()
         assert "inf" not in figure.lower()
 
 
-def test_a_curve_is_broken_where_a_value_is_missing(plain: Path, tmp_path: Path) -> None:
-    html = write_report(plain, tmp_path / "page.html").read_text(encoding="utf-8")
+def test_a_curve_is_broken_where_a_value_is_missing(report_run: Path, tmp_path: Path) -> None:
+    html = write_report(report_run, tmp_path / "page.html").read_text(encoding="utf-8")
     figure = next(f for f in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if "likelihood over steps" in f)
     assert figure.count("<path") == 2 * len(ARMS) * 2  # arms x seeds, in two stretches each
 
 
-def test_null_and_nan_in_the_comparison_become_dashes(copy: Path, tmp_path: Path) -> None:
+def test_null_and_nan_in_the_comparison_become_dashes(report_copy: Path, tmp_path: Path) -> None:
     def edit(comparison: dict[str, Any]) -> None:
         for row in comparison["table"]:
             if row["metric"] == "chrf":
@@ -118,20 +107,21 @@ def test_null_and_nan_in_the_comparison_become_dashes(copy: Path, tmp_path: Path
             if row["metric"] == "bleu" and row["arm"] == "convex-k3":
                 row["delta_low"] = row["p_value"] = row["p_two_sided"] = row["p_holm"] = math.inf
 
-    change(copy, edit)
-    page = page_of(copy, tmp_path)
+    change(report_copy, edit)
+    page = page_of(report_copy, tmp_path)
     assert "–" in page.text
     assert "nan" not in page.text.lower().split()
     json.loads(
-        write_report(copy, tmp_path / "x", format="json").read_text(encoding="utf-8"), parse_constant=pytest.fail
+        write_report(report_copy, tmp_path / "x", format="json").read_text(encoding="utf-8"),
+        parse_constant=pytest.fail,
     )
 
 
-def test_a_run_without_training_metrics_and_decode_files(copy: Path, tmp_path: Path) -> None:
-    for path in copy.glob("train/*/metrics.jsonl"):
+def test_a_run_without_training_metrics_and_decode_files(report_copy: Path, tmp_path: Path) -> None:
+    for path in report_copy.glob("train/*/metrics.jsonl"):
         path.unlink()
-    next(copy.glob("decode/mle.seed2/checkpoint-200/*.jsonl")).unlink()
-    page = page_of(copy, tmp_path)
+    next(report_copy.glob("decode/mle.seed2/checkpoint-200/*.jsonl")).unlink()
+    page = page_of(report_copy, tmp_path)
     assert "no metrics.jsonl" in page.text
     assert "1 decode file is missing" in page.text
     assert -1 in [cell for item in json.loads(page.data)["items"] for cell in item[5]]
@@ -144,22 +134,22 @@ def test_one_arm_one_seed_has_scores_and_no_test(tmp_path: Path) -> None:
     assert "mle: scores of one objective" in page.text
 
 
-def test_outputs_and_lengths_are_in_the_page_and_in_markdown(plain: Path, tmp_path: Path) -> None:
-    text = write_report(plain, tmp_path / "a.html").read_text(encoding="utf-8")
-    comparison = json.loads((plain / "comparison.json").read_text())
+def test_outputs_and_lengths_are_in_the_page_and_in_markdown(report_run: Path, tmp_path: Path) -> None:
+    text = write_report(report_run, tmp_path / "a.html").read_text(encoding="utf-8")
+    comparison = json.loads((report_run / "comparison.json").read_text())
     row = comparison["outputs"][0]
     assert f"{row['length_ratio']:.3g}</td>" in text and "By length of the source" in text
     for part in comparison["by_length"]:
         assert f'<td class="num">{part["score"]:.2f}</td>' in text
     assert 'class="upright"' in text  # intervals of the checkpoints
-    markdown = write_report(plain, tmp_path / "a.md", format="md").read_text(encoding="utf-8")
+    markdown = write_report(report_run, tmp_path / "a.md", format="md").read_text(encoding="utf-8")
     assert "### Outputs" in markdown and f"| {row['length_ratio']:.3f} |" in markdown
 
 
 @pytest.mark.parametrize("on", ["test", "validation"])
-def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_path: Path, on: str) -> None:
+def test_a_selection_is_said_and_one_on_the_test_set_in_red(report_run: Path, tmp_path: Path, on: str) -> None:
 
-    shutil.copytree(plain, tmp_path / "run")
+    shutil.copytree(report_run, tmp_path / "run")
     path = tmp_path / "run" / "comparison.json"
     comparison = json.loads(path.read_text())
     comparison["selection"] = {
@@ -180,12 +170,12 @@ def test_a_selection_is_said_and_one_on_the_test_set_in_red(plain: Path, tmp_pat
 # -- sentences
 
 
-def test_sentence_scores_are_sacrebleus(plain: Path) -> None:
-    payload = read_sentences(read_run(plain)).payload
+def test_sentence_scores_are_sacrebleus(report_run: Path) -> None:
+    payload = read_sentences(read_run(report_run)).payload
     assert payload["arms"] == list(ARMS)
     items = payload["items"]
     assert len(items) == 80
-    lines = (plain / "decode/convex-k1.seed2/checkpoint-200/toy.en-zh.beam5.jsonl").read_text().splitlines()
+    lines = (report_run / "decode/convex-k1.seed2/checkpoint-200/toy.en-zh.beam5.jsonl").read_text().splitlines()
     cell = (1 * 2 + 1) * 2 + 1  # arm convex-k1, search beam5, seed 2
     for line, item in zip(map(json.loads, lines), items[40:], strict=True):
         _, id_, source, references, texts, cells, scores, cut = item
@@ -195,17 +185,17 @@ def test_sentence_scores_are_sacrebleus(plain: Path) -> None:
         assert (cell in cut) == (line["finished"] is False)
 
 
-def test_without_references_there_are_no_scores(copy: Path, tmp_path: Path) -> None:
-    (copy / "data/references.jsonl").unlink()
-    page = page_of(copy, tmp_path)
+def test_without_references_there_are_no_scores(report_copy: Path, tmp_path: Path) -> None:
+    (report_copy / "data/references.jsonl").unlink()
+    page = page_of(report_copy, tmp_path)
     assert "has no references" in page.text
     assert all(item[3] == [] and item[6] is None for item in json.loads(page.data)["items"])
 
 
-def test_a_long_run_is_sampled_and_says_so(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = read_sentences(read_run(plain))
+def test_a_long_run_is_sampled_and_says_so(report_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = read_sentences(read_run(report_run))
     room = len(script_json(everything.payload["items"]).encode()) // 3
-    book = read_sentences(read_run(plain), room=room)
+    book = read_sentences(read_run(report_run), room=room)
     assert 0 < book.shown < book.total == 80
     assert len(script_json(book.payload["items"]).encode()) <= room + 2
 
@@ -217,7 +207,7 @@ def test_a_long_run_is_sampled_and_says_so(plain: Path, tmp_path: Path, monkeypa
     assert difference(largest) == max(map(difference, book.payload["items"]))
     monkeypatch.setattr("convexlm.report.sentences.ROOM", room)
     monkeypatch.setattr("convexlm.report.sentences.read_sentences.__defaults__", (room,))
-    assert f"{book.shown} of 80 sentences are on this page" in page_of(plain, tmp_path).text
+    assert f"{book.shown} of 80 sentences are on this page" in page_of(report_run, tmp_path).text
 
 
 @pytest.mark.slow
@@ -227,23 +217,23 @@ def test_eight_thousand_sentences_stay_under_three_megabytes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("what", ["hypotheses", "references"])
-def test_sentences_that_are_not_those_of_the_scores_are_refused(copy: Path, what: str) -> None:
-    path = copy / "data" / "references.jsonl"
+def test_sentences_that_are_not_those_of_the_scores_are_refused(report_copy: Path, what: str) -> None:
+    path = report_copy / "data" / "references.jsonl"
     if what == "hypotheses":
-        path = next(copy.glob("decode/mle.seed1/checkpoint-200/toy.en-de.greedy.jsonl"))
+        path = next(report_copy.glob("decode/mle.seed1/checkpoint-200/toy.en-de.greedy.jsonl"))
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("Haus", "Boot"), encoding="utf-8")
     with pytest.raises(UserError, match="has changed since it was scored"):
-        write_report(copy)
+        write_report(report_copy)
 
 
-def test_references_of_another_length_are_refused(copy: Path) -> None:
-    path = copy / "data/references.jsonl"
+def test_references_of_another_length_are_refused(report_copy: Path) -> None:
+    path = report_copy / "data/references.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows[1]["references"][0].pop()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(UserError, match="toy en-zh has 39 references for 40 sources"):
-        write_report(copy)
+        write_report(report_copy)
 
 
 # -- hostile text
@@ -265,14 +255,14 @@ def test_hostile_text_is_data_and_nothing_else(hostile: Path, tmp_path: Path) ->
     assert texts[3:] == HOSTILE[3:]
 
 
-def test_hostile_names_are_escaped_in_every_format(copy: Path, tmp_path: Path) -> None:
+def test_hostile_names_are_escaped_in_every_format(report_copy: Path, tmp_path: Path) -> None:
     evil = "<b>&_|`$\\\u202e\ud800"
-    path = copy / "comparison.json"
+    path = report_copy / "comparison.json"
     text = path.read_text(encoding="utf-8").replace('"toy-run"', json.dumps(evil)).replace('"toy"', json.dumps(evil))
     path.write_text(text, encoding="utf-8")
-    page = page_of(copy, tmp_path)
+    page = page_of(report_copy, tmp_path)
     assert "<b>&_|`$\\⟨U+202E⟩⟨U+D800⟩" in page.text
     for format_ in ("md", "latex", "json"):
-        written = write_report(copy, tmp_path / "out", format=format_).read_text(encoding="utf-8")
+        written = write_report(report_copy, tmp_path / "out", format=format_).read_text(encoding="utf-8")
         assert "\u202e" not in written
     assert json.loads(written)["recipe"] == evil

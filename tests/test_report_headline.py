@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from convexlm.report.data import read_run
 from convexlm.report.findings import headline, is_sure
-from report_helpers import change, plain_run
+from report_helpers import change
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plain_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copy(plain: Path, tmp_path: Path) -> Path:
-    """A run folder to change."""
-    return shutil.copytree(plain, tmp_path / "copy")
 
 
 def _row(delta: float, low: float, high: float, p: float, **more: Any) -> dict[str, Any]:
@@ -60,7 +48,7 @@ def test_sure_needs_the_interval_and_every_p() -> None:
         ),
     ],
 )
-def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam: dict, said: str) -> None:
+def test_the_headline_says_no_more_than_the_tests(report_copy: Path, greedy: dict, beam: dict, said: str) -> None:
     def edit(comparison: dict[str, Any]) -> None:
         comparison["arms"] = ["mle", "convex-k1"]
         rows = [row for row in comparison["table"] if row["arm"] != "convex-k3"]
@@ -69,8 +57,8 @@ def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam
                 row.update(greedy if row["search"] == "greedy" else beam)
         comparison["table"] = rows
 
-    change(copy, edit)
-    assert headline(read_run(copy))[0] == said
+    change(report_copy, edit)
+    assert headline(read_run(report_copy))[0] == said
 
 
 @pytest.mark.parametrize(
@@ -98,7 +86,7 @@ def test_the_headline_says_no_more_than_the_tests(copy: Path, greedy: dict, beam
     ],
 )
 def test_an_arm_that_is_surely_ahead_or_behind_is_not_hidden_by_a_better_one(
-    copy: Path, rows: list[dict], said: str, sentence: str, line: str
+    report_copy: Path, rows: list[dict], said: str, sentence: str, line: str
 ) -> None:
     from convexlm.tables import conclusions
 
@@ -109,14 +97,14 @@ def test_an_arm_that_is_surely_ahead_or_behind_is_not_hidden_by_a_better_one(
             if row["metric"] == "bleu" and row["arm"] != "mle":
                 row.update(rows[row["arm"] == "convex-k3"])
 
-    change(copy, edit)
-    run = read_run(copy)
+    change(report_copy, edit)
+    run = read_run(report_copy)
     title, sentences = headline(run)
     assert title == said and sentence in sentences[0]
     assert conclusions(run.comparison) == [f"greedy: {line}"]
 
 
-def test_lower_is_better_for_ter(copy: Path) -> None:
+def test_lower_is_better_for_ter(report_copy: Path) -> None:
     def edit(comparison: dict[str, Any]) -> None:
         comparison["metrics"] = ["ter"]
         rows = [row for row in comparison["table"] if row["metric"] == "bleu"]
@@ -127,18 +115,18 @@ def test_lower_is_better_for_ter(copy: Path) -> None:
                 row.update(delta_low=row["delta"] - 1, delta_high=row["delta"] + 1)
         comparison["table"] = rows
 
-    change(copy, edit)
-    assert headline(read_run(copy))[0] == "convex-k1 beats mle with every search: −5.00 TER (greedy search)"
+    change(report_copy, edit)
+    assert headline(read_run(report_copy))[0] == "convex-k1 beats mle with every search: −5.00 TER (greedy search)"
 
 
-def test_two_metrics_that_disagree_are_named(copy: Path, tmp_path: Path) -> None:
+def test_two_metrics_that_disagree_are_named(report_copy: Path, tmp_path: Path) -> None:
     def edit(comparison: dict[str, Any]) -> None:
         for row in comparison["table"]:
             if row["arm"] == "convex-k3" and row["metric"] == "chrf" and row["search"] == "greedy":
                 row.update(_row(-7, -8, -6, 0.001))
 
-    change(copy, edit)
-    said = headline(read_run(copy))[1]
+    change(report_copy, edit)
+    said = headline(read_run(report_copy))[1]
     assert [text for text in said if "disagrees" in text] == [
         "chrF disagrees: by it convex-k3 with greedy search is behind mle, −7.00 (95 % interval −8.00 to −6.00)."
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import os
 import shutil
 from random import Random
@@ -23,6 +22,7 @@ from convexlm.prepared_data import mixed
 from convexlm.streaming import RecordStream, shuffled, sources
 from convexlm.tokenization import PromptSettings, tokenize_records
 from convexlm.training_data import META_FILE, prepare_data, tokenizer_hash
+from resume_helpers import write_files
 from training_helpers import Run, tiny_tokenizer, train, write_model_files, write_records
 
 SETTINGS = PromptSettings().resolve(tiny_tokenizer())
@@ -30,12 +30,7 @@ SETTINGS = PromptSettings().resolve(tiny_tokenizer())
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    write_model_files(folder / "model")
-    config = folder / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
-    write_records(folder / "data.jsonl", 25, weights=True)
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def wanted_rows(path, max_length=None):
