@@ -10,6 +10,7 @@ import pytest
 from convexlm.errors import UserError
 from convexlm.evaluation import read_scores
 from convexlm.runs import TrainedRun
+from convexlm.significance import holm, paired_test
 from convexlm.sweep import decoded_checkpoints
 from evaluation_helpers import SIZE, Run, bleu, chrf, sentences
 from pipeline_helpers import snapshot
@@ -82,6 +83,9 @@ def test_gaps_say_what_beam_search_gains(run: Run) -> None:
         assert gap["delta"] == pytest.approx(cells["beam2", metric, arm] - cells["greedy", metric, arm])
     assert gaps["mle", "bleu"]["delta"] > 5 and gaps["mle", "bleu"]["p_two_sided"] < 0.05
     assert gaps["good", "bleu"]["delta"] == 0 and gaps["good", "bleu"]["p_two_sided"] > 0.05
+    for metric in ("bleu", "chrf"):
+        family = [gaps[arm, metric] for arm in ("mle", "good")]
+        assert [gap["p_holm"] for gap in family] == holm([gap["p_two_sided"] for gap in family])
 
 
 def test_paired_is_sacrebleus_own_test_in_every_direction_and_seed(run: Run) -> None:
@@ -115,7 +119,9 @@ def test_paired_is_sacrebleus_own_test_in_every_direction_and_seed(run: Run) -> 
         patch.setenv("SACREBLEU_SEED", "12345")
         metric = BLEU(trg_lang="de", references=references)
         theirs = PairedTest(systems, {"BLEU": metric}, None, test_type="ar", n_samples=200)()
-    assert mine["p_ar"] == pytest.approx(theirs[1]["BLEU"][1].p_value)
+    (_, row) = paired_test(dict(systems), references, "de", ["bleu"], method="ar", n_samples=200)
+    assert row["p_value"] == pytest.approx(theirs[1]["BLEU"][1].p_value)
+    assert mine["p_ar"] == row["p_two_sided"] >= row["p_value"]  # those just as far apart count, too
     assert all(row["p_ar"] is None for row in comparison["paired"] if row["system"] == "mle")
 
 

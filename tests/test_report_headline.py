@@ -38,7 +38,7 @@ def test_sure_needs_the_interval_and_every_p() -> None:
             _row(2, 1, 3, 0.01),
             "convex-k1 beats mle with every search: +2.00 BLEU (greedy search)",
         ),
-        (_row(2, -1, 3, 0.2), _row(1, -1, 3, 0.3), "No objective differs from mle beyond chance"),
+        (_row(2, -1, 3, 0.2), _row(1, -1, 3, 0.3), "No objective differs from mle in BLEU beyond chance"),
         (_row(-2, -3, -1, 0.01), _row(-2, -3, -1, 0.01), "mle is ahead of every other objective"),
         (
             _row(2, 1, 3, 0.01),
@@ -73,15 +73,15 @@ def test_the_headline_says_no_more_than_the_tests(report_copy: Path, greedy: dic
         ),
         (
             [_row(0.05, -1, 1, 0.8), _row(-6, -7, -5, 0.001)],
-            "No objective is surely ahead of mle",
+            "No objective is surely ahead of mle in BLEU",
             "best of the others is convex-k1, +0.05",
             "no arm is surely ahead of mle, and surely behind is convex-k3",
         ),
         (
             [_row(0.05, -1, 1, 0.8), _row(-0.5, -1.5, 0.5, 0.3)],
-            "No objective differs from mle beyond chance",
+            "No objective differs from mle in BLEU beyond chance",
             "best of the others is convex-k1",
-            "no arm differs from mle beyond chance; nearest the top is convex-k1, +0.05 BLEU (p = 0.800)",
+            "no arm differs from mle in BLEU beyond chance; nearest the top is convex-k1, +0.05 (p = 0.800)",
         ),
     ],
 )
@@ -130,3 +130,18 @@ def test_two_metrics_that_disagree_are_named(report_copy: Path, tmp_path: Path) 
     assert [text for text in said if "disagrees" in text] == [
         "chrF disagrees: by it convex-k3 with greedy search is behind mle, −7.00 (95 % interval −8.00 to −6.00)."
     ]
+
+
+def test_what_only_another_metric_is_sure_of_is_said(report_copy: Path) -> None:
+    def edit(comparison: dict[str, Any]) -> None:
+        for row in comparison["table"]:
+            if row["arm"] != "mle" and row["search"] == "greedy":
+                sure = row["arm"] == "convex-k1" and row["metric"] == "chrf"
+                row.update(_row(0.83, 0.53, 1.14, 0.01) if sure else _row(0.1, -1, 1, 0.8))
+        comparison["searches"] = ["greedy"]
+        comparison["table"] = [row for row in comparison["table"] if row["search"] == "greedy"]
+
+    change(report_copy, edit)
+    title, said = headline(read_run(report_copy))
+    assert title == "No objective differs from mle in BLEU beyond chance"
+    assert "By chrF, with greedy search: convex-k1 (+0.83) surely ahead of mle." in said

@@ -24,7 +24,8 @@ from convexlm.files import (
 )
 from convexlm.randomization import randomization_p
 from convexlm.reference_nll import reference_nll
-from convexlm.significance import joint_test, mean_difference_test, nothing_differs, paired_test
+from convexlm.resampling import holm
+from convexlm.significance import joint_test, mean_difference_test, paired_test
 from convexlm.sweep import chosen_checkpoints, read_instruction
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _measures_of(
 def _paired(
     search: str, entries: dict[str, Decoded], arms: list[str], metrics: Sequence[str], settings: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """The paired bootstrap of sacreBLEU on one corpus, and beside it the p of its approximate randomization."""
+    """The paired bootstrap of sacreBLEU on one corpus, and beside it the p of approximate randomization."""
     entry = next(iter(entries.values()))
     systems = {arm: entries[arm].hypotheses for arm in arms}
     references, lang = entry.test_set.references, entry.target_lang
@@ -311,9 +312,6 @@ def _paired(
     about = {"search": search, "test_set": entry.test_set.name, "pair": entry.test_set.pair, "seed": entry.run.seed}
     for row in rows:
         row["p_ar"] = randomized.get((row["metric"], row["system"]))
-        # sacreBLEU gives its smallest p where no shuffle differs from the observed difference of nothing.
-        if row["p_ar"] is not None and (nothing_differs(row) or len(references[0]) == 1):
-            row["p_ar"] = 1.0
     return [about | row for row in rows]
 
 
@@ -327,8 +325,11 @@ def _without_sampling(recipe: Recipe, searches: list[str]) -> list[str]:
 def _gaps(
     final: Sequence[Decoded], arms: list[str], searches: list[str], metrics: Sequence[str], settings: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """What each beam search gains over greedy search, an arm each: the gap that a sharper model closes."""
-    rows = []
+    """What each beam search gains over greedy search, an arm each: the gap that a sharper model closes.
+
+    `p_holm` is corrected over the arms of one search and metric.
+    """
+    rows: list[dict[str, Any]] = []
     for search in searches if "greedy" in searches else []:
         if search == "greedy":
             continue
@@ -347,6 +348,10 @@ def _gaps(
                 if row["system"] == search:
                     kept = ("metric", "delta", "delta_low", "delta_high", "p_value", "p_two_sided")
                     rows.append({"arm": arm, "search": search, **{key: row[key] for key in kept}})
+    for family in dict.fromkeys((row["search"], row["metric"]) for row in rows):
+        mine = [row for row in rows if (row["search"], row["metric"]) == family]
+        for row, corrected in zip(mine, holm([row["p_two_sided"] for row in mine]), strict=True):
+            row["p_holm"] = corrected
     return rows
 
 

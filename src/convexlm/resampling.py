@@ -5,9 +5,6 @@ With d the observed difference and d*_b that of resample b, out of B, there are 
 - `sacrebleu_p`: (1 + #{b: |d*_b| - mean|d*| > |d|}) / (1 + B). Once d is well away from 0 only one tail can fulfil it,
   so it is about half of a two-sided p, and p < 0.05 comes by chance in about one of ten cases;
 - `two_sided_p`: (1 + #{b: |d*_b - d| >= |d|}) / (1 + B), which holds its level and agrees with the 95 % interval.
-
-sacreBLEU's approximate randomization is two-sided, but counts only shuffles with a difference *above* the observed
-one: where a single sentence differs none is above, and it gives the smallest p there is.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ Three tests, all paired (every system is seen on the same sentences):
 - `mean_difference_test`: the same for any measure that every sentence has, such as 0/1.
 
 All give two p-values, `p_value` in sacreBLEU's convention and `p_two_sided`, which is stricter: `resampling` says how
-they differ. Decide on the second, and on the interval, which agrees with it. Where approximate randomization is asked
-for, both are its own, and the interval, still a bootstrap's, holds back its leniency: as sacreBLEU counts, one better
-sentence in a corpus is enough for it.
+they differ, and `randomization` for approximate randomization, whose interval is still a bootstrap's. Decide on the
+second, and on the interval.
 
 A test over sentences says nothing of what another training seed would have given: show the spread over seeds, too.
 """
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
 from convexlm.files import json_sha256
-from convexlm.randomization import sacrebleu_test
+from convexlm.randomization import randomization_p, sacrebleu_test
 from convexlm.resampling import check_samples, draw, holm, percentile_interval, sacrebleu_p, two_sided_p
 from convexlm.scoring import (
     DEFAULT_METRICS,
@@ -111,6 +110,7 @@ def paired_test(
     # How many resamples the intervals rest on; an `ar` test has none of its own.
     resamples = n_samples if method == "bs" else DEFAULT_SAMPLES["bs"]
     signatures, results = sacrebleu_test(systems, scorer, metrics, method, n_samples, seed, resamples)
+    ours = randomization_p(systems, scorer, metrics, n_trials=n_samples, seed=seed) if method == "ar" else {}
     rows = []
     # sacreBLEU's result has the metrics in our order, under names of its own.
     for name, title in zip(metrics, [key for key in results if key != "System"], strict=True):
@@ -125,8 +125,8 @@ def paired_test(
             # Ours is 1 where nothing differs, and sacreBLEU's otherwise.
             if row["p_value"] is not None and not nothing_differs(row):
                 row["p_value"] = float(result.p_value)
-            if method == "ar":
-                row["p_two_sided"] = row["p_value"]  # it counts both tails as it is
+            if method == "ar" and system != baseline:
+                row["p_two_sided"] = ours[name, system]
             extra = {"mean": float(result.mean), "ci": float(result.ci), "signature": str(signatures[title])}
             metric_rows.append({"metric": name, "higher_is_better": get_metric(name).higher_is_better} | row | extra)
         rows += _add_holm(_without_a_sample(metric_rows, [len(scorer.references[0])]))

@@ -139,8 +139,8 @@ def conclusions(comparison: dict[str, Any]) -> list[str]:
             said.append(f"{search}: no arm is surely ahead of {baseline}, and surely behind is {behind}")
         else:
             said.append(
-                f"{search}: no arm differs from {baseline} beyond chance; nearest the top is {best['arm']}, "
-                f"{signed(best['delta'])} {TITLES.get(metric, metric)} (p = {best['p_two_sided']:.3f})"
+                f"{search}: no arm differs from {baseline} in {TITLES.get(metric, metric)} beyond chance; nearest the "
+                f"top is {best['arm']}, {signed(best['delta'])} (p = {best['p_two_sided']:.3f})"
             )
     return said
 

@@ -30,8 +30,9 @@ def headline(run: RunData) -> tuple[str, list[str]]:
         winner = winners[0]
         if winner is None:
             differs = any(verdict["behind"] for verdict in found)
-            said = "is surely ahead of {}" if differs else "differs from {} beyond chance"
-            return f"No objective {said.format(baseline)}", sentences
+            by = f" in {metric_title(metric)}" if _others_sure(run) else ""
+            said = f"is surely ahead of {baseline}{by}" if differs else f"differs from {baseline}{by} beyond chance"
+            return f"No objective {said}", sentences
         if winner == baseline:
             return f"{baseline} is ahead of every other objective", sentences
         searches = "with every search" if len(winners) > 1 else f"with {comparison['searches'][0]} search"
@@ -219,21 +220,35 @@ def _gap_said(run: RunData) -> list[str]:
     return said
 
 
-def _disagreement_said(run: RunData) -> list[str]:
-    """Where another measure says the opposite of the first one, both surely."""
+def _others_sure(run: RunData) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of other measures with a sure difference that the first measure's row (the second of each pair) lacks."""
     first = run.comparison["metrics"][0]
     rows = {(row["search"], row["arm"], row["metric"]): row for row in run.comparison["table"]}
-    said = []
-    for (search, arm, metric), row in rows.items():
-        base = rows.get((search, arm, first))
-        if metric == first or base is None or not is_sure(row) or not is_sure(base):
-            continue
-        if _sign(row) * row["delta"] * _sign(base) * base["delta"] < 0:
+    pairs = [(row, rows.get((search, arm, first))) for (search, arm, metric), row in rows.items() if metric != first]
+    return [(row, base) for row, base in pairs if base is not None and is_sure(row) and not _agree(row, base)]
+
+
+def _agree(row: dict[str, Any], base: dict[str, Any]) -> bool:
+    return is_sure(base) and _sign(row) * row["delta"] * _sign(base) * base["delta"] > 0
+
+
+def _disagreement_said(run: RunData) -> list[str]:
+    """Where another measure surely says the opposite of the first one, or is sure of what the first one is not."""
+    said, baseline = [], run.comparison["baseline"]
+    further: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row, base in _others_sure(run):
+        metric, where = row["metric"], "ahead of" if _sign(row) * row["delta"] > 0 else "behind"
+        if is_sure(base):
             said.append(
-                f"{metric_title(metric)} disagrees: by it {arm} with {search} search is "
-                f"{'ahead of' if _sign(row) * row['delta'] > 0 else 'behind'} {run.comparison['baseline']}, "
-                f"{delta_text(row['delta'], metric)} (95 % interval {interval_text(row, metric)})."
+                f"{metric_title(metric)} disagrees: by it {row['arm']} with {row['search']} search is {where} "
+                f"{baseline}, {delta_text(row['delta'], metric)} (95 % interval {interval_text(row, metric)})."
             )
+        else:
+            arms = further.setdefault((metric, row["search"]), {}).setdefault(where, [])
+            arms.append(f"{row['arm']} ({delta_text(row['delta'], metric)})")
+    for (metric, search), places in further.items():
+        parts = [f"{', '.join(arms)} surely {where} {baseline}" for where, arms in places.items()]
+        said.append(f"By {metric_title(metric)}, with {search} search: {'; '.join(parts)}.")
     return said
 
 
