@@ -192,6 +192,9 @@ def test_run_refuses_recipes_and_test_sets_before_it_makes_anything(
         ({"arms__mle__objective": "mel"}, "arm `mle`"),
         ({"arms__convex__k": 0}, "arm `convex`"),
         ({"train__max_stpes": 3}, "did you mean `max_steps`?"),
+        ({"train__seed": 3}, "unknown option `train.seed`; in a recipe it is `seeds`"),
+        ({"train__use_peft": True}, "in a recipe it is `model.use_peft`"),
+        ({"arms__mle__template": "chat"}, "in a recipe it is `data.template`"),
     ]
     for changes, said in cases:
         recipe = write_recipe(tmp_path, recipe_with(**changes))

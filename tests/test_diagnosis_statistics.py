@@ -10,6 +10,7 @@ import torch
 
 from convexlm.diagnosis import (
     Sample,
+    analyse,
     analyse_objective,
     compare,
 )
@@ -133,6 +134,14 @@ def test_the_k_for_a_wanted_ratio():
     assert found == pytest.approx(math.log(0.25) / math.log(0.1), abs=0.01)
     assert analyse_objective(sample, get_objective("convex", k=found))["update_ratio"] >= 0.25
     assert analyse_objective(flat_sample([0.9999] * 10), get_objective("convex", k=4.0))["k_for_ratio"] is None
+
+
+def test_sources_may_be_an_array():
+    names = ["a", "b", "a", "b"]
+    found = [analyse(flat_sample([0.1, 0.5, 0.3, 0.9], sources=given), []) for given in (names, np.array(names))]
+    assert found[0] == found[1] and found[1]["data"]["sources"] == {"a": 2, "b": 2}
+    with pytest.raises(ValueError, match="of one length"):
+        flat_sample([0.1, 0.5, 0.3], sources=np.array(names))
 
 
 def test_samples_that_cannot_be_are_refused():

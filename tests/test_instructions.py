@@ -132,6 +132,13 @@ def test_user_format(tmp_path):
         del FORMATS["parallel"]
 
 
+def test_keys_of_two_formats(tmp_path):
+    both = {**ALPACA, "prompt": None, "completion": None, "text": "all of it"}
+    double = {**ALPACA, "pre_instruction": "First:", "post_instruction": "Now."}
+    for row in (both, double):
+        assert load_records(write(tmp_path / "a.jsonl", row))[0].completion == ALPACA["output"]
+
+
 def test_max_records(tmp_path):
     path = write(tmp_path / "a.jsonl", *[ALPACA] * 5)
     assert len(load_records(path, max_records=3)) == 3
@@ -240,6 +247,10 @@ GOOD = json.dumps(ALPACA)
             "unknown record format with the keys `question`, `answer`; kno.*alpaca",
         ),
         ("{}", "unknown record format with the keys none"),
+        (
+            '{"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}',
+            r"line 1: the record can be read as alpaca \(instruction, output\) or prompt_completion \(prompt, compl",
+        ),
         (
             GOOD + '\n{"prompt": "a", "completion": "b"}',
             "line 2: a record of format prompt_completion, but bad.json:1",

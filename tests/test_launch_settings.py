@@ -113,6 +113,23 @@ def test_more_processes_than_gpus_are_refused(gpus):
     assert make_plan(LaunchSettings(num_processes=4).resolved(), use_cpu=True).on_cpu
 
 
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ({"fsdp_version": 1}, "only the second FSDP trains; set `fsdp_version: 2`"),
+        ({}, "only the second FSDP trains"),
+        ({"fsdp_version": 2, "fsdp_offload_params": True}, "there is nothing to offload from"),
+    ],
+    ids=str,
+)
+def test_fsdp_that_does_not_train_on_a_cpu_is_refused(gpus, tmp_path, says, told):
+    asked = LaunchSettings(accelerate_config=own_file(tmp_path, distributed_type="FSDP", fsdp_config=says))
+    with pytest.raises(UserError, match=f"own.yaml: on the CPU {told}"):
+        make_plan(LaunchSettings(num_processes=2).over(asked).resolved())
+    gpus(2)
+    assert make_plan(asked.resolved()).kind == "FSDP"
+
+
 def test_every_process_gets_its_rank_and_no_variable_of_an_earlier_launch(gpus, monkeypatch):
     gpus(2)
     monkeypatch.setenv("MASTER_PORT", "1")

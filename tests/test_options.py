@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convexlm.errors import UserError
-from convexlm.options import VerbParser, load_yaml, parse_yaml
+from convexlm.options import VerbParser, did_you_mean, load_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,6 +168,46 @@ warmup_steps: 0.03
     assert config.learning_rate == 3e-5
     assert config.gradient_checkpointing is False
     assert config.build_objective().k == 2.0
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("torch_dtype", "here it is `--dtype`"),
+        ("torch-dtype", "here it is `--dtype`"),
+        ("batch_size", "here it is `--per_device_train_batch_size`"),
+        ("global_batch_size", "give --per_device_train_batch_size and --gradient_accumulation_steps"),
+        ("lora_rank", "here it is `--lora_r`"),
+        ("group_by_length", "here it is `--train_sampling_strategy group_by_length`"),
+        ("logging_dir", "TENSORBOARD_LOGGING_DIR"),
+        ("overwrite_output_dir", "choose another --output_dir, or --resume"),
+        ("early_stopping_patience", "training does not stop early"),
+        ("warmup_ratio", "give --warmup_steps, of which a number below 1 is a share of all steps"),
+        ("objectve", "did you mean `--objective`?"),
+        ("auto_find_batch_sizes", "unknown option --auto_find_batch_sizes (see"),
+        ("resume_from_checkpoints", "unknown option --resume_from_checkpoints (see"),
+        ("cot", "unknown option --cot (see"),
+    ],
+)
+def test_the_train_verb_knows_what_others_call_its_options(typed: str, said: str) -> None:
+    from convexlm.verbs.train import make_parser as make_train_parser
+
+    with pytest.raises(UserError) as error:
+        make_train_parser("convexlm train").parse(["--dataset", "d.json", f"--{typed}", "1"])
+    assert said in str(error.value)
+
+
+def test_every_name_of_others_stands_for_an_option_that_is_not_refused() -> None:
+    from convexlm.option_names import _BY_OTHER_NAME, _INSTEAD, NEVER_MEANT
+    from convexlm.verbs.decode import make_parser as make_decode_parser
+    from convexlm.verbs.train import make_parser as make_train_parser
+
+    train = {word.lstrip("-") for word in make_train_parser("x")._option_string_actions}
+    known = train | {word.lstrip("-") for word in make_decode_parser("x")._option_string_actions}
+    meant = {name.partition("=")[0] for name in _BY_OTHER_NAME.values()} | {needs for needs, _ in _INSTEAD.values()}
+    assert meant <= known - NEVER_MEANT
+    assert not {*_BY_OTHER_NAME, *_INSTEAD} & train
+    assert did_you_mean("group_by_length", known) == "; here it is `train_sampling_strategy: group_by_length`"
 
 
 def test_yaml_numbers_and_texts() -> None:

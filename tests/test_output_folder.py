@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,13 @@ def test_a_second_training_in_the_same_folder_is_refused(files, tmp_path, capfd,
     # What a kill leaves holds nobody up, and goes.
     assert train(run, **given(files)) == 0
     assert (run / "checkpoint-2").is_dir() and not (run / LOCK_FILE).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_a_folder_that_can_never_be_made_is_given_up(files, capfd, monkeypatch):
+    monkeypatch.setattr(output_folder, "SECONDS_TO_WAIT", 0.2)
+    assert train("/proc/run", **given(files)) == 2
+    assert "error: --output_dir /proc/run: cannot be written (" in capfd.readouterr().err
 
 
 def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path):

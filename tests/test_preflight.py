@@ -179,13 +179,50 @@ def _runs(recipe: Recipe) -> Any:
     return pipeline.trained_runs(recipe)
 
 
-def test_what_only_this_machine_can_tell_is_no_matter_of_a_dry_run(tmp_path: Path) -> None:
-    given = {"arms__convex__lr_scheduler_kwargs": {"nosuch": 1}, "arms__convex__lr_scheduler_type": "cosine"}
-    recipe = load(tmp_path, **given)
-    with pytest.raises(UserError, match="arm `convex`: --lr_scheduler_type cosine with its --lr_scheduler_kwargs"):
-        run_recipe(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert make_plan(recipe, tmp_path / "run")["train"]
+def test_what_the_options_and_packages_tell_is_told_by_a_dry_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    def missing() -> None:
+        raise RuntimeError("it is not installed")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", missing)
+    (tmp_path / "eval.json").write_text(json.dumps([{"instruction": "Say it.", "input": "", "output": "it"}]))
+    minimum = {"arms__convex__lr_scheduler_type": "cosine_with_min_lr"}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data__eval_dataset": str(tmp_path / "eval.json")}, "arm `base`: --eval_dataset without --eval_strategy"),
+        ({"arms__convex__report_to": "wandb"}, "arm `convex`: --report_to wandb: it is not installed"),
+        (
+            minimum,
+            "arm `convex`: --lr_scheduler_type cosine_with_min_lr with its --lr_scheduler_kwargs: One of min_lr",
+        ),
+        (
+            {"arms__convex__packing": True, "arms__convex__packing_strategy": "wrapped"},
+            "arm `convex`: `packing_strategy='wrapped'` cuts sequences",
+        ),
+    ]
+    for changes, said in cases:
+        assert said in complaint(tmp_path, load(tmp_path, **changes))
+
+
+def test_packages_of_gpus_may_be_missing_where_a_recipe_is_only_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from convexlm import training_checks
+
+    def missing(*args: Any) -> None:
+        raise ImportError("it is not installed")
+
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(training_checks.importlib.util, "find_spec", lambda name: None)
+    on_gpus = {"train__bf16": True, "train__use_liger_kernel": True}
+    assert make_plan(load(tmp_path, **on_gpus), tmp_path / "run")["train"]
+    for told, given in (("--optim adamw", {}), ("--use_liger_kernel", {"train__use_liger_kernel": True})):
+        assert told in complaint(tmp_path, load(tmp_path, **given))
 
 
 def test_test_sets_that_nothing_can_be_said_of_are_told_by_a_dry_run_too(tmp_path: Path) -> None:

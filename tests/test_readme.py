@@ -82,9 +82,15 @@ def test_links_lead_somewhere(page):
 def test_the_trl_example_trains(tmp_path, monkeypatch, tiny_llama):
     """The example as it stands, with the hub's model and data set replaced by small local ones."""
     import datasets
+    import trl
 
-    model_path = tiny_llama
-    rows = [{"prompt": f"say {word}", "completion": f" {word} {word}"} for word in ("one", "two", "three", "four")]
+    model_path = tmp_path / "model"
+    shutil.copytree(tiny_llama, model_path)
+    # The template of the example's model, as its tokenizer has it: TRL knows where its assistant's turns are.
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    shutil.copyfile(template, model_path / "chat_template.jinja")
+    turns = [{"role": role, "content": "one two"} for role in ("user", "assistant") * 2]  # as in Capybara
+    rows = [{"messages": turns}] * 4
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
     (example,) = blocks(README, "python")[:1]
     assert len(example.splitlines()) <= 10
@@ -95,6 +101,9 @@ def test_the_trl_example_trains(tmp_path, monkeypatch, tiny_llama):
     namespace: dict[str, object] = {}
     exec(compile(example, "README", "exec"), namespace)
     assert namespace["trainer"].state.global_step == 2
+    labels = next(iter(namespace["trainer"].get_train_dataloader()))["labels"]
+    trained = namespace["trainer"].processing_class.decode(labels[labels != -100])
+    assert "user" not in trained and trained.count("one two") >= 2, "the turns of the assistant, and all of them"
 
 
 def test_the_objective_of_contributing_is_found_by_name(tmp_path):

@@ -219,8 +219,9 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_told(plain, tmp_path):
     """BLOOM's tokenizer has one, puts it nowhere and does not say so; TRL would train without it."""
     from tokenizers.processors import TemplateProcessing
 
-    told = "prompts begin with `<s>`, which the tokenizer itself puts before no text"
-    assert told in said_of_bos(plain, True, ["someone/model"])
+    told = "prompts begin with the BOS token `<s>`, which this tokenizer does not add by itself"
+    assert told in (said := said_of_bos(plain, True, ["someone/model"]))
+    assert "--add_bos false" in said and "data.add_bos: false" in said
     assert not said_of_bos(plain, False, ["someone/model"])
     PromptSettings("alpaca", True).save(tmp_path / "checkpoint")
     assert not said_of_bos(plain, True, [None, str(tmp_path / "checkpoint")]), "it was trained with it"

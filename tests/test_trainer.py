@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import math
+import re
 import types
 from dataclasses import dataclass
 
@@ -295,10 +297,17 @@ def test_an_objective_of_the_users_own_by_name(tmp_path, capsys):
     assert "test_root` has no setting `k`" in capsys.readouterr().err
 
 
-def test_training_prints_nothing_on_stdout(tmp_path, capfd):
-    trainer = make(tmp_path, rows(8), eval_data=rows(3), disable_tqdm=False, eval_strategy="steps", eval_steps=3)
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_a_script_shows_its_statistics_on_stderr_and_nothing_on_stdout(tmp_path, capfd, disable_tqdm):
+    settings = {"disable_tqdm": disable_tqdm, "eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
+    trainer = make(tmp_path, rows(8), eval_data=rows(3), logging_steps=1, **settings)
     trainer.train()
-    assert capfd.readouterr().out == ""
+    said = capfd.readouterr()
+    assert said.out == ""
+    shown = [ast.literal_eval(line) for line in re.findall(r"\{'.*?\}", said.err)]
+    history = trainer.state.log_history
+    assert [{*line} for line in shown] == [{*line} - {"step", "total_flos"} for line in history] and len(shown) == 5
+    assert shown[0]["nll"] == pytest.approx(history[0]["nll"], rel=1e-3)
 
 
 def test_training_twice_starts_the_counts_again(tmp_path):

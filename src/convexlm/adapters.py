@@ -69,10 +69,10 @@ def merge_adapter(model: Any) -> Any:
         raise UserError(f"the adapter cannot be merged: {model.active_peft_config.peft_type} has no weights to add")
     _untie(model.get_base_model())
     merged = model.merge_and_unload(safe_merge=True)
-    inner, outer = _embeddings(merged)
+    inner, outer = embeddings_of(merged)
     # An embedding that was trained as a whole (`modules_to_save`) has left its twin, too.
     if inner is not None and outer is not None and inner.weight is not outer.weight:
-        _say_untied(merged)
+        say_untied(merged)
     return merged
 
 
@@ -84,7 +84,7 @@ def _untie(base: Any) -> None:
     for name, module in base.named_modules():
         if (weight := module._parameters.get("weight")) is not None:
             holders[id(weight)].append((name, module))
-    embeddings = [layer for layer in _embeddings(base) if layer is not None]
+    embeddings = [layer for layer in embeddings_of(base) if layer is not None]
     # Tokens that are trained for both sides at once replace rows of the tied tensor for both, in training as well.
     both = [one for one in base.modules() if isinstance(one, TrainableTokensLayer) and one.tied_adapter is not None]
     shared = {id(one) for one in both} | {id(one.tied_adapter) for one in both}
@@ -102,12 +102,12 @@ def _untie(base: Any) -> None:
                 f"the adapter cannot be merged: `{name}` shares its weight with `{others[0][0]}`, which would change, "
                 "too; keep the adapter beside its base model"
             )
-        _say_untied(base)
+        say_untied(base)
         holders[id(weight)] = others
         own.weight = type(weight)(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
-def _embeddings(model: Any) -> tuple[Any, Any]:
+def embeddings_of(model: Any) -> tuple[Any, Any]:
     """The modules of the input and the output embedding, without what PEFT puts around them; None if there is none."""
     found = []
     for get in (model.get_input_embeddings, model.get_output_embeddings):
@@ -126,12 +126,13 @@ def _inside(layer: Any) -> Any:
         (
             layer._modules[name]
             for name in ("base_layer", "original_module", "token_adapter")
-            if name in layer._modules
+            if layer._modules.get(name) is not None
         ),
         None,
     )
 
 
-def _say_untied(model: Any) -> None:
+def say_untied(model: Any) -> None:
+    """Have the config say that input and output embedding are two tensors."""
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False

@@ -25,7 +25,9 @@ class DataOptions:
         default=None,
         metadata={"help": "Split of --eval_dataset or, without that, of --dataset to evaluate the loss on."},
     )
-    template: str = field(default="alpaca", metadata={"help": "Prompt template, by name."})
+    template: str = field(
+        default="alpaca", metadata={"help": "Prompt template: a name, or a text such as 'Translate: {input}'."}
+    )
     add_bos: bool | None = field(
         default=None,
         metadata={"help": "Begin with the BOS token; if unset, where the tokenizer has one that is not its EOS."},

@@ -35,6 +35,7 @@ from convexlm.checkpoints import (
 from convexlm.converted_weights import has_other_names, load_as_transformers_does
 from convexlm.errors import Stopped
 from convexlm.files import give_usual_permissions, write_atomic
+from convexlm.fsdp import reshard
 from convexlm.interrupts import SignalWatch, agreed_signal, signal_name
 from convexlm.objectives import merge_statistics
 from convexlm.quantized import kept_dtypes
@@ -148,6 +149,8 @@ class DurableCheckpoints:
         if self._reads_other_names(self.state.best_model_checkpoint):
             load_as_transformers_does(self.model, self.state.best_model_checkpoint)
             return
+        if self.is_fsdp_enabled:
+            reshard(self.model)
         with kept_dtypes(self.model):
             super()._load_best_model()  # type: ignore[misc]
 

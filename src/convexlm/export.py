@@ -18,6 +18,7 @@ from convexlm.errors import UserError, first_line
 from convexlm.export_weights import ADAPTER_CONFIG, base_of, copy_adapter, load, sharded_folder
 from convexlm.files import give_usual_permissions, read_json_object, write_atomic
 from convexlm.launch.deepspeed import refuse_code, zero_folder
+from convexlm.own_prompts import KEY as OWN_PROMPTS
 
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -257,7 +258,7 @@ def _end_as_trained(model: Any, source: Path, tokenizer: Path, trust_remote_code
 def _copy_marker(source: Path, target: Path) -> None:
     """`convexlm.json`: how prompts look and what was minimised, without the list of the checkpoint's own files."""
     marker = read_marker(source)
-    kept = {key: marker[key] for key in ("prompt", "objective") if key in marker}
+    kept = {key: marker[key] for key in ("prompt", "objective", OWN_PROMPTS) if key in marker}
     if kept:
         write_atomic(target / COMPLETE_FILE, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 

@@ -1,8 +1,10 @@
-"""Going on, in one process or under DDP, from a checkpoint that FSDP2 has written.
+"""Going on from a checkpoint that FSDP2 has written, in one process or under DDP too.
 
 transformers reads such a checkpoint under FSDP only. All that is needed is there: the whole weights in safetensors,
 and (`fsdp_state_dict_type: FULL_STATE_DICT`, as in the packaged `fsdp2`) the optimizer's whole state by the names of
-parameters, which `torch.distributed.checkpoint.state_dict` puts into an optimizer of any kind.
+parameters, which `torch.distributed.checkpoint.state_dict` puts into an optimizer of any kind. It fails where there is
+no state at all (SGD without momentum; torch 2.13), under FSDP too; then the settings of the groups are all that is
+taken up.
 """
 
 from __future__ import annotations
@@ -38,18 +40,33 @@ class ForeignStates:
             super()._load_from_checkpoint(str(folder), model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        """As in the Trainer; FSDP's whole state is read where there is no FSDP."""
-        if checkpoint is None or self.is_fsdp_enabled or not is_whole_of_fsdp(checkpoint):
+        """As in the Trainer; FSDP's whole state is read where there is no FSDP, and where it is empty."""
+        if checkpoint is None or not is_whole_of_fsdp(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
         folder = Path(checkpoint)
-        state = torch.load(folder / OPTIMIZER_OF_FSDP, map_location="cpu", weights_only=True)
+        # Under FSDP every process only looks whether there is a state; the first one loads it.
+        mapped = self.is_fsdp_enabled
+        state = torch.load(folder / OPTIMIZER_OF_FSDP, map_location="cpu", weights_only=True, mmap=mapped)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper is none of torch's
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model_wrapped, optimizer, state, options=options)
+        if not state["state"]:
+            _set_groups(optimizer, state["param_groups"])
+        elif self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model_wrapped, optimizer, state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+
+def _set_groups(optimizer: Any, saved: list[dict[str, Any]]) -> None:
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
 
 
 @contextlib.contextmanager

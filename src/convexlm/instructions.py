@@ -93,11 +93,18 @@ def detect_format(row: Mapping[str, Any]) -> Format:
     """The format of a record, by its keys.
 
     Raises:
-        UserError: no format has such keys; the message lists the keys found and the formats known.
+        UserError: no format has such keys; the message lists the keys found and the formats known. Or two formats
+            have as many, none in common, and a value in each.
     """
     whole = [known for known in FORMATS.values() if all(key in row for key in known.keys)]
     if whole:
-        return max(whole, key=lambda known: len(known.keys))
+        best = max(whole, key=lambda known: len(known.keys))
+        for other in whole:
+            level = len(other.keys) == len(best.keys) and not set(other.keys) & set(best.keys)
+            if level and all(row[key] is not None for key in (*best.keys, *other.keys)):
+                either = " or ".join(f"{one.name} ({', '.join(one.keys)})" for one in (best, other))
+                raise UserError(f"the record can be read as {either}; take the keys of one of them away")
+        return best
     for known in FORMATS.values():
         if known.keys[0] in row:
             return known

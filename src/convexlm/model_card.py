@@ -19,6 +19,7 @@ from convexlm.dataset_names import dataset_path, parse_dataset
 from convexlm.errors import UserError
 from convexlm.files import read_jsonl, write_atomic
 from convexlm.options import load_yaml
+from convexlm.own_prompts import KEY as OWN_PROMPTS
 from convexlm.quantized import bits_trained_on
 from convexlm.redaction import clean
 from convexlm.report.text import is_number, metric_title, score_text, visible
@@ -118,7 +119,7 @@ def write_card(
             _opening(kind, base, objective, parameters, dtype, checkpoint, recipe, before),
             "",
             *objective_lines(objective, {**trained, **settings}),
-            *_prompt_section(_mapping(marker, "prompt")),
+            *_prompt_section(_mapping(marker, "prompt"), own=marker.get(OWN_PROMPTS) is True),
             *_data_section(dataset, _mapping(recipe, "data").get("max_records", settings.get("max_records"))),
             *_settings_section(settings, recipe, checkpoint),
             *_before_section(before, recipe),
@@ -334,10 +335,13 @@ def _opening(
     return opening + (f" The adapter was trained on the base's weights in {bits} bits.{own}" if bits else "")
 
 
-def _prompt_section(prompt: Mapping[str, Any]) -> list[str]:
+def _prompt_section(prompt: Mapping[str, Any], *, own: bool) -> list[str]:
     if not prompt:
         return []
     bos = "with" if prompt.get("add_bos") else "without"
+    if own:
+        text = f"Trained on whole prompts as the data have them, {bos} a BOS token before each; `convexlm decode` "
+        return ["## Prompts", "", f"{text}needs `--template`, which says what makes one of a source.", ""]
     return [
         "## Prompts",
         "",

@@ -10,10 +10,13 @@ import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from convexlm.errors import UserError
+from convexlm.option_names import NEVER_MEANT, by_another_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
+
+_ALIKE = 0.75  # difflib's ratio from which a name is taken for a slip of the other
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -131,11 +134,23 @@ class _ConfigFinder(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def did_you_mean(key: Any, known: Collection[str]) -> str:
-    """What follows "unknown option `key`": the name that was probably meant, else all names if they are few."""
-    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+def did_you_mean(key: Any, known: Collection[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """What follows "unknown option `key`": what it is called here, else the name that was probably meant.
+
+    Args:
+        key: what was typed.
+        known: the names that there are; where none is near and they are few, all are told.
+        elsewhere: names that belong to another place, and how they are spelled there.
+    """
+    if elsewhere and (place := elsewhere.get(str(key))):
+        return f"; in a recipe it is `{place}`"
+    if said := by_another_name(key, known):
+        return said
+    # Without dashes, which would make any two options alike.
+    names = {name.lstrip("-"): name for name in sorted(known) if name.lstrip("-").replace("-", "_") not in NEVER_MEANT}
+    close = difflib.get_close_matches(str(key).lstrip("-"), names, n=1, cutoff=_ALIKE)
     if close:
-        return f"; did you mean `{close[0]}`?"
+        return f"; did you mean `{names[close[0]]}`?"
     return f"; known: {', '.join(sorted(known))}" if len(known) < 30 else ""
 
 

@@ -104,9 +104,11 @@ def _lock(output_dir: Path) -> int:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # the folder was just removed by another that wrote nothing
-            continue
         except OSError as error:
+            # The folder may just have been removed by another that wrote nothing; in /proc none can ever be made.
+            if isinstance(error, FileNotFoundError) and time.monotonic() < end:
+                time.sleep(0.01)
+                continue
             raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror or error})") from None
         try:
             # Of this process alone: the forked workers of a data loader do not keep it when their parent was killed.

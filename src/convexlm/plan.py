@@ -96,9 +96,17 @@ def _plan_arm(
     config, origin = _model_config(recipe, folder)
     # A checkpoint that this run will have made is as large as what the first arm starts from.
     ready = {**options, "model_name_or_path": origin} if arm.init_from and origin else options
-    plan = plan_training(
-        ready, processes=processes, sharding=sharding, data=found[str(dataset)], config=config if config else None
-    )
+    try:
+        plan = plan_training(
+            ready,
+            processes=processes,
+            sharding=sharding,
+            data=found[str(dataset)],
+            config=config if config else None,
+            resume=True,
+        )
+    except UserError as error:
+        raise UserError(f"arm `{run.arm}`: {error}") from None
     return {"run": run.name, "seed": run.seed, **plan, "start": options.get("model_name_or_path") or "a new model"}
 
 

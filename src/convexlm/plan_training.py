@@ -8,12 +8,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from convexlm.allocator import jemalloc_is_preloaded
-from convexlm.errors import UserError
 from convexlm.launch.sharding import sharding_here, sharding_of_file
 from convexlm.memory import gigabytes
 from convexlm.pipeline import world_size
-from convexlm.plan_data import Data, count_records, sample_lengths
-from convexlm.training_model import check_model_options, peft_config_of
+from convexlm.plan_checks import check_start
+from convexlm.plan_data import Data, Rows, count_records, rows_of_epoch, tokenize_sample
+from convexlm.plan_memory import plan_disk, plan_memory, planned_model
+from convexlm.training_model import check_model_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,7 +39,6 @@ SHOWN_OPTIONS = (
     *("objective", "k", "level", "length_weighting", "mle_mix", "k_warmup", "learning_rate", "lr_scheduler_type"),
     *("warmup_ratio", "warmup_steps", "weight_decay", "max_length", "packing", "bf16", "fp16", "use_peft"),
 )
-LARGE_MODEL = 1_000_000_000  # parameters from which a GPU is meant, though none is here
 
 
 def plan_training(
@@ -48,6 +48,7 @@ def plan_training(
     sharding: str | None = None,
     data: Data | None = None,
     config: Any = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """What `convexlm train` with these options would do.
 
@@ -57,16 +58,19 @@ def plan_training(
         sharding: one of `memory.SHARDINGS`, or in words another one; what the launcher says, if None.
         data: what is known of the data; read from `values["dataset"]` if None.
         config: the model's config, if it is not to be found by the options.
+        resume: it goes on from a checkpoint in the output folder, if one is there.
 
     Returns:
-        `start`, `dataset`, `template`, `records`, `records_from`, `epochs`, `global_batch`, `batch`, `steps`,
-        `steps_about` (under packing), `tokens` (None, or of a sample: records, mean, longest, targets, and in all),
+        `start`, `dataset`, `template`, `records`, `records_from`, `epochs`, `global_batch`, `batch`, `steps` (None
+        where a sample alone says that records are dropped, or how they are packed), `steps_about` (by a sample),
+        `tokens` (None, or of a sample: records, those dropped, mean, longest, targets, and in all),
         `checkpoints`, `memory` (None, or as `MemoryEstimate.as_dict`, with `length`, `config_from`), `memory_note`,
         `disk`, `options`, `output_dir`.
 
     Raises:
-        UserError: an option cannot be used, or the data cannot be read.
+        UserError: as training would, for whatever can be told without weights.
     """
+    from convexlm.launch.precision import choose_precision
     from convexlm.training_checks import check_numbers
     from convexlm.verbs.train import build_options
 
@@ -74,33 +78,38 @@ def plan_training(
     sharding = sharding or sharding_here(processes)
     with _alone():
         made = build_options({**values, "use_cpu": True, "bf16": False, "fp16": False})
+        if not sharding.startswith("zero"):  # DeepSpeed keeps weights in float32 itself
+            choose_precision(values)
     options, model_options, train_config = made
     check_numbers(train_config)
     check_model_options(model_options, options)
+    eval_dataset = options.eval_dataset if data is None else None  # a recipe's was read with the others
     data = data or count_records(options.dataset, options.template, options.max_records)
-    if data.records is not None:
-        check_batches(train_config, data.records, processes)
-    epoch = (
-        None if data.records is None or train_config.packing else steps_of_epoch(train_config, data.records, processes)
-    )
-    steps = train_config.max_steps if train_config.max_steps > 0 else None
-    if steps is None and epoch is not None:
-        steps = math.ceil(train_config.num_train_epochs * epoch)
-    per_step = train_config.per_device_train_batch_size * train_config.gradient_accumulation_steps * processes
+    if eval_dataset:
+        count_records(eval_dataset, options.template)
     source = options.tokenizer_name or model_options.model_name_or_path or options.config_name
-    tokens = sample_lengths(data, source, options.template, options.add_bos, train_config.max_length)
+    sample = tokenize_sample(data, source, options.template, options.add_bos, train_config.max_length)
+    planned = planned_model(values, config, sample)
+    check_start(values, made, planned, sample, resume=resume)
+    rows = rows_of_epoch(data, sample, train_config)
+    if options.streaming:  # it has no end
+        rows = Rows(None, tokens=rows.tokens)
+    # That none of a sample is dropped is taken for all of them.
+    likely = rows.count if not rows.about or (sample and not sample.dropped and not train_config.packing) else None
+    if likely is not None and data.records is not None:
+        kept = data.records if sample is None else sample.kept_of(data.records)
+        check_batches(train_config, likely, kept, processes)
+    epoch = None if likely is None else steps_of_epoch(train_config, likely, processes)
+    steps = train_config.max_steps if train_config.max_steps > 0 else None
     about = None
-    if tokens and steps is None and data.records and train_config.max_length:
-        rows = math.ceil(tokens["mean"] * data.records / train_config.max_length)
-        about = math.ceil(train_config.num_train_epochs * steps_of_epoch(train_config, rows, processes))
+    if steps is None and rows.count is not None:
+        estimate = math.ceil(train_config.num_train_epochs * steps_of_epoch(train_config, rows.count, processes))
+        steps, about = None if epoch is None else estimate, estimate if rows.about else None
+    per_step = train_config.per_device_train_batch_size * train_config.gradient_accumulation_steps * processes
+    tokens = sample.as_dict() if sample else None
     if tokens:
-        passes = train_config.num_train_epochs
-        if train_config.max_steps > 0:
-            row = train_config.max_length if train_config.packing else tokens["mean"]
-            tokens["in_all"] = round(train_config.max_steps * per_step * (row or tokens["mean"]))
-        elif data.records is not None:
-            tokens["in_all"] = round(tokens["mean"] * data.records * passes)
-    memory, why = _memory(values, model_options, train_config, processes, sharding, tokens, data, config)
+        tokens["in_all"] = _tokens_in_all(train_config, rows, per_step)
+    memory, why = plan_memory(values, planned, model_options, train_config, processes, sharding, sample)
     checkpoints = checkpoint_steps(train_config, steps, epoch)
     return {
         "start": values.get("model_name_or_path") or "a new model",
@@ -121,7 +130,7 @@ def plan_training(
         "memory_note": why,
         "return_freed_memory": train_config.return_freed_memory,
         "jemalloc": jemalloc_is_preloaded(),
-        "disk": _disk(memory, train_config, checkpoints, saved_steps(train_config, steps, epoch)),
+        "disk": plan_disk(memory, train_config, checkpoints, saved_steps(train_config, steps, epoch)),
         "options": {key: values[key] for key in SHOWN_OPTIONS if values.get(key) is not None},
         "output_dir": str(values.get("output_dir") or ""),
     }
@@ -151,16 +160,25 @@ def steps_of_epoch(config: ConvexConfig, records: int, processes: int | None = N
     return max(1, math.ceil(batches / config.gradient_accumulation_steps))
 
 
-def check_batches(config: ConvexConfig, records: int, processes: int) -> None:
-    """See that so many records make a batch, as `training_checks.check_loader` will of the loader.
+def check_batches(config: ConvexConfig, rows: int, records: int, processes: int) -> None:
+    """See that the rows of so many records make a batch, as `training_checks.check_loader` will of the loader.
 
     Raises:
         UserError: they make none.
     """
     from convexlm.training_checks import refuse_no_batch
 
-    if config.dataloader_drop_last and not config.packing and records < config.per_device_train_batch_size * processes:
+    if config.dataloader_drop_last and rows < config.per_device_train_batch_size * processes:
         refuse_no_batch(records, config.per_device_train_batch_size, processes)
+
+
+def _tokens_in_all(config: ConvexConfig, rows: Rows, per_step: int) -> int | None:
+    """Tokens of all rows that training will go through; None if that is not known."""
+    if rows.tokens is None:
+        return None
+    if config.max_steps > 0:
+        return round(config.max_steps * per_step * rows.tokens)
+    return None if rows.count is None else round(rows.tokens * rows.count * config.num_train_epochs)
 
 
 def saved_steps(config: ConvexConfig, steps: int | None, epoch: int | None) -> list[int]:
@@ -188,107 +206,6 @@ def checkpoint_steps(config: ConvexConfig, steps: int | None, epoch: int | None)
     return saved[-limit:] if limit > 0 else saved  # 0 and below is no limit, as in `checkpoints.rotate`
 
 
-# -- memory and disk
-
-
-def _memory(
-    values: Mapping[str, Any],
-    model_options: Any,
-    config: ConvexConfig,
-    processes: int,
-    sharding: str,
-    tokens: dict[str, Any] | None,
-    data: Data,
-    model_config: Any,
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The estimate, or None and the reason."""
-    import torch
-
-    from convexlm.collator import keeps_packed_rows
-    from convexlm.known_models import find_config
-    from convexlm.memory import SHARDINGS, estimate_memory
-    from convexlm.memory_count import count_parameters
-
-    if sharding not in SHARDINGS:
-        return None, f"how {sharding} divides a model is not counted here"
-    origin = "the recipe"
-    if model_config is None:
-        name = values.get("model_name_or_path") or values.get("config_name")
-        if not name:
-            raise UserError("--model_name_or_path is missing (or --config_name for a new model)")
-        model_config, origin = find_config(name)
-        if model_config is None:
-            return None, f"{name}: {origin}"
-    if tokens and not values.get("model_name_or_path"):
-        model_config.vocab_size = tokens["vocabulary"]  # as training does with a new model
-    peft_config = peft_config_of(model_options)
-    size = count_parameters(model_config)
-    device, assumed = "cpu", False
-    if not values.get("use_cpu") and torch.cuda.is_available():
-        device = "cuda"
-    elif not values.get("use_cpu") and (size >= LARGE_MODEL or values.get("bf16") or values.get("fp16")):
-        device, assumed = "cuda", True
-    mixed = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else None
-    if mixed is None and values.get("bf16") is None and device == "cuda":
-        mixed = "bf16" if assumed or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    attention = model_options.attn_implementation
-    length, rows = _longest(config, tokens, data), config.per_device_train_batch_size
-    packs = config.packing and config.packing_strategy in ("bfd", "bfd_split")
-    padded = rows > 1
-    if packs and not config.padding_free and keeps_packed_rows(model_config, attention):
-        padded = True  # a mask between the sequences of each row
-    elif config.padding_free or packs:
-        # All rows stand in one, and attention that is not flash attention needs a mask between them.
-        rows, length, padded = 1, rows * length, "flash" not in str(attention)
-    try:
-        estimate = estimate_memory(
-            model_config,
-            batch=rows,
-            length=length,
-            dtype=model_options.dtype or "float32",
-            mixed_precision=mixed,
-            gradient_checkpointing=bool(config.gradient_checkpointing or config.activation_checkpointing),
-            attention=attention,
-            padded=padded,
-            accumulation=config.gradient_accumulation_steps,
-            optimizer=getattr(config.optim, "value", str(config.optim)),
-            peft_config=peft_config,
-            quantized="4bit" if model_options.load_in_4bit else "8bit" if model_options.load_in_8bit else None,
-            double_quantized=bool(model_options.use_bnb_nested_quant),
-            sharding=sharding,
-            processes=processes,
-            device=device,
-            device_bytes=None if assumed or device == "cpu" else torch.cuda.get_device_properties(0).total_memory,
-            head_chunk_tokens=config.head_chunk_tokens,
-        )
-    except ValueError as error:
-        return None, str(error)
-    here = "a GPU with bf16 (none is here)" if assumed else "this machine's GPU" if device == "cuda" else "the CPU"
-    added = {"device_is": here, "precision": mixed or str(model_options.dtype or "float32")}
-    return {**estimate.as_dict(), "length": length, "rows": rows, "config_from": origin, **added}, None
-
-
-def _longest(config: ConvexConfig, tokens: dict[str, Any] | None, data: Data) -> int:
-    """The longest row that a batch may hold: the data's where all were read, else what `max_length` allows."""
-    whole = tokens is not None and data.records == tokens["sampled"]
-    if config.packing:
-        return int(config.max_length or 1024)
-    if tokens is not None and (whole or config.max_length is None):
-        return int(tokens["longest"])
-    return int(config.max_length or 1024)
-
-
-def _disk(
-    memory: dict[str, Any] | None, config: ConvexConfig, kept: list[int], saved: list[int]
-) -> dict[str, Any] | None:
-    """Bytes of a checkpoint, of those that are kept, and the most there are while one is written."""
-    if memory is None or not kept:
-        return None
-    each = memory["checkpoint_weights"] if config.save_only_model else memory["checkpoint"]
-    most = len(kept) + (len(saved) > len(kept))
-    return {"checkpoint": each, "kept": each * len(kept), "most": each * most}
-
-
 # -- for people
 
 
@@ -296,7 +213,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """The plan of one training run in lines of text."""
     records = "records not counted" if plan["records"] is None else f"{plan['records']:,} records"
     steps = "steps not known yet" if plan["steps"] is None else f"{plan['steps']:,} steps"
-    if plan["steps"] is None and plan["steps_about"]:
+    if plan["steps_about"]:
         steps = f"about {plan['steps_about']:,} steps"
     epochs = f", {plan['epochs']:g} epochs" if plan["epochs"] else ""
     lines = [
@@ -305,9 +222,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"steps    {steps}{epochs}, global batch {plan['global_batch']} = {plan['batch']}",
     ]
     if tokens := plan["tokens"]:
-        in_all = f"{tokens['in_all']:,} tokens in all; " if tokens["in_all"] else ""
+        about = "" if tokens["sampled"] == plan["records"] else "about "
+        in_all = f"{about}{tokens['in_all']:,} tokens in all; " if tokens["in_all"] else ""
+        dropped = f" ({tokens['dropped']} of them dropped, too long)" if tokens["dropped"] else ""
         lines.append(
-            f"tokens   {in_all}{tokens['sampled']} records sampled: {tokens['mean']:.1f} each, longest "
+            f"tokens   {in_all}{tokens['sampled']} records sampled{dropped}: {tokens['mean']:.1f} each, longest "
             f"{tokens['longest']}, {tokens['targets']:.0%} are targets"
         )
     returned = plan["return_freed_memory"] or plan["jemalloc"]

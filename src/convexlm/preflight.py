@@ -12,6 +12,8 @@ from convexlm.dataset_names import dataset_path
 from convexlm.errors import UserError
 from convexlm.hub import refuse_shared_repository
 from convexlm.instruction_file import said_of_placeholders
+from convexlm.own_prompts import first_own_prompt, refuse_own_prompts
+from convexlm.plan_data import names_a_file
 from convexlm.run_data import NO_CORPUS, check_generated, datasets_of
 from convexlm.same_sentences import check_whole
 from convexlm.scoring import Scorer, said_of_words
@@ -114,6 +116,7 @@ def check_files(recipe: Recipe) -> dict[str, int]:
             that could not be saved, or the config of a new one cannot be used.
     """
     from convexlm.instructions import load_records
+    from convexlm.training_checks import check_saved_generation_config
 
     # A stream may be larger than memory: of it the first record has to do.
     streaming = recipe.data.get("streaming")
@@ -132,12 +135,12 @@ def check_files(recipe: Recipe) -> dict[str, int]:
         path = dataset_path(dataset)
         if path.is_file() or (path.exists() and not first_only):
             most = None if evaluated else 1 if first_only else limit
-            found = len(load_records(dataset, template=template, max_records=most))
+            found = load_records(dataset, template=template, max_records=most)
+            if not evaluated:
+                refuse_own_prompts(first_own_prompt(found, template), f"{where} {dataset}", template)
             if not (first_only or evaluated):
-                counted[dataset] = found
-        elif not path.exists() and (
-            path.suffix in (".json", ".jsonl", ".gz") or dataset.startswith(("/", "./", "../"))
-        ):
+                counted[dataset] = len(found)
+        elif not path.exists() and names_a_file(dataset):
             raise UserError(f"{where} {dataset}: no such file")
     if recipe.model.get("tokenizer") == "tinyworld" and not isinstance(recipe.data["dataset"], dict):
         raise UserError(NO_CORPUS)
@@ -150,33 +153,9 @@ def check_files(recipe: Recipe) -> dict[str, int]:
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model.model_name_or_path {model}: no model there (config.json is missing)")
         if not recipe.model.get("use_peft"):  # an adapter is saved without it
-            _check_generation_config(Path(model))
+            check_saved_generation_config(Path(model))
     read_instruction(recipe)
     return counted
-
-
-def _check_generation_config(model: Path) -> None:
-    """See that a model's generation config is one that transformers will save with the checkpoints.
-
-    Whatever it says, it is saved as long as it stays as it was loaded. One without a padding token gets that of the
-    tokenizer in training; whether another one changes is for the training to tell, before its first step.
-    """
-    from transformers import GenerationConfig
-
-    from convexlm.training_checks import check_generation_config
-
-    file = model / "generation_config.json"
-    if not file.is_file():
-        return
-    try:
-        config = GenerationConfig.from_pretrained(str(model))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"{file}: not valid, so the model cannot be loaded ({' '.join(str(error).split())[:160]})"
-        ) from None
-    if config.pad_token_id is None:
-        config.pad_token_id = 0  # any will do
-        check_generation_config(config, str(file))
 
 
 def check_decoding(recipe: Recipe, *, here: bool = True) -> None:
@@ -246,7 +225,7 @@ def check_trainings(
         trainings: every run with its options.
         counted: records of datasets, as `check_files` returns them.
         processes: how many train together.
-        here: they will train on this machine, so that what they need has to be installed.
+        here: they will train on this machine, so that what GPUs need has to be installed.
 
     Raises:
         UserError: a value that an option cannot have, no checkpoints, or none at a step of `decode.checkpoints`, or
@@ -268,7 +247,6 @@ def check_trainings(
 def _check_training(
     recipe: Recipe, run: TrainedRun, options: Mapping[str, Any], records: int | None, processes: int, here: bool
 ) -> None:
-    from convexlm.refusals import refuse_what_cannot_be_honoured
     from convexlm.training_checks import check_numbers, check_settings
     from convexlm.training_model import check_model_options
     from convexlm.verbs.train import build_options
@@ -278,18 +256,13 @@ def _check_training(
     data, model, config = build_options({**other, "use_cpu": True, "bf16": False, "fp16": False})
     check_model_options(model, data)
     check_numbers(config)
-    try:
-        refuse_what_cannot_be_honoured(config, config.build_objective(), {})
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if _word(config.save_strategy) == "no":
         raise UserError("`save_strategy: no` leaves no checkpoint to decode")
     if _word(config.eval_strategy) != "no" and not data.eval_dataset:
         raise UserError("`eval_strategy` needs `data.eval_dataset`")
     if data.streaming and config.max_steps <= 0:
         raise UserError("`data.streaming` needs `max_steps`: a stream does not say how long it is")
-    if here:
-        check_settings(config, data)
+    check_settings(config, data, here=here)
     wanted = recipe.decode["checkpoints"]
     if isinstance(wanted, list) and recipe.arm(run.arm).decode:
         for step in wanted:

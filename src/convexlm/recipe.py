@@ -216,7 +216,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
     known = _train_options()
     for key in raw["train"]:
         if key not in known:
-            raise wrong(f"unknown option `train.{key}`{did_you_mean(key, known)}")
+            raise wrong(f"unknown option `train.{key}`{did_you_mean(key, known, _elsewhere())}")
     check_types(raw["train"], "train.", wrong)
     made: list[Arm] = []
     for name, entry in arms.items():
@@ -227,7 +227,7 @@ def _check_arms(raw: dict[str, Any], wrong: Any) -> tuple[Arm, ...]:
             raise wrong(f"arm `{name}` must be a mapping of options")
         for key in entry:
             if key not in known | ARM_KEYS:
-                raise wrong(f"arm `{name}`: unknown option `{key}`{did_you_mean(key, known | ARM_KEYS)}")
+                raise wrong(f"arm `{name}`: unknown option `{key}`{did_you_mean(key, known | ARM_KEYS, _elsewhere())}")
         check_types(entry, f"arm `{name}`: ", wrong)
         start = entry.get("init_from")
         if start is not None and start not in [arm.name for arm in made]:
@@ -385,6 +385,11 @@ def _model_options() -> set[str]:
     from trl import ModelConfig
 
     return {f.name for f in dataclasses.fields(ModelConfig) if f.init}
+
+
+def _elsewhere() -> dict[str, str]:
+    options = {"model": SECTIONS["model"] | _model_options(), "data": SECTIONS["data"]}
+    return {"seed": "seeds", **{name: f"{section}.{name}" for section in options for name in options[section]}}
 
 
 def _only_known(mapping: Mapping[str, Any], known: set[str], wrong: Any, what: str) -> None:

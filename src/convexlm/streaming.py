@@ -16,6 +16,7 @@ from convexlm.chat_templates import said_of_records
 from convexlm.dataset_names import parse_dataset
 from convexlm.errors import UserError
 from convexlm.instructions import check_max_records, iter_records, no_records
+from convexlm.own_prompts import first_own_prompt
 from convexlm.progress import note
 from convexlm.tokenization import check_max_length, nothing_left, tokenize_batch
 
@@ -62,6 +63,7 @@ class RecordStream:
         self.tokenizer, self.settings, self.max_length = tokenizer, settings, max_length
         self.shuffle_buffer, self.seed, self.max_records = shuffle_buffer, seed, max_records
         self._told = self._looked = False
+        self.own_prompt: str | None = None  # the id of one of the first records whose prompt is not the template's
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """The rows, again and again.
@@ -80,8 +82,10 @@ class RecordStream:
         rows = truncated = start = dropped = weighed = 0
         named: list[str] = []
         while batch := list(itertools.islice(records, _BATCH)):
-            for said in [] if self._looked else said_of_records(batch, self.tokenizer, self.template):
-                note(f"  {self.dataset}: {said}")
+            if not self._looked:
+                for said in said_of_records(batch, self.tokenizer, self.template):
+                    note(f"  {self.dataset}: {said}")
+                self.own_prompt = first_own_prompt(batch, self.template)
             self._looked = True
             done = tokenize_batch(batch, self.tokenizer, self.settings, self.max_length, start)
             start += len(batch)

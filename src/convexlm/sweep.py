@@ -189,6 +189,7 @@ def _decode(
 ) -> None:
     from convexlm.decoding import CheckpointJobs, DecodeJob, Search, decode_sweep
     from convexlm.decoding.progress import progress_lines
+    from convexlm.own_prompts import refuse_unknown_prompts
     from convexlm.tokenization import PromptSettings
 
     searches = [Search.from_mapping(one) for one in options]
@@ -197,6 +198,7 @@ def _decode(
         if not checkpoint.exists() and _is_decoded(folder, run, checkpoint.name, sets, searches):
             note(f"{title} {run.name} {checkpoint.name}: it was deleted; its finished files are taken as they are")
             continue
+        refuse_unknown_prompts(checkpoint, "data.template")
         settings, instruction = PromptSettings.load(checkpoint), read_instruction(recipe)
         jobs = [
             DecodeJob(

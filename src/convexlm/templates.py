@@ -6,7 +6,8 @@ Alpaca data expect it to the byte. A new template is one call::
 
     register_template("qa", "Question: {instruction}\nContext: {context}\nAnswer:")
 
-or, where the text depends on the fields, a function under `@register_template("qa")` that takes the fields.
+or, where the text depends on the fields, a function under `@register_template("qa")` that takes the fields. A text
+with `{field}` marks, and `\n` for a line end, stands for itself wherever a name is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, overload
 from convexlm.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -47,6 +48,37 @@ class Template:
             raise UserError(f"template `{self.name}` {error}") from None
         except KeyError as error:  # a user's function that asks for a field that is not there
             raise UserError(f"template `{self.name}` needs the field `{error.args[0]}`") from None
+
+    def may_have_made(self, prompt: str) -> bool:
+        """Whether the prompt is of the template's form; True also where a user's function hides what that is."""
+        for empty in ((), ("input",)):
+            try:
+                form = self.render(_AnyField(empty))
+            except Exception:  # of a function that cannot do with marks
+                return True
+            if re.fullmatch(".*".join(map(re.escape, form.split(_MARK))), prompt, re.DOTALL):
+                return True
+        return False
+
+
+_MARK = "\ue000"  # for private use, so that no template has it
+
+
+class _AnyField(dict[str, str]):
+    """Has every field: a mark, or nothing in those that are to be empty."""
+
+    def __init__(self, empty: Collection[str]) -> None:
+        super().__init__()
+        self.empty = empty
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __getitem__(self, key: str) -> str:
+        return "" if key in self.empty else _MARK
+
+    def get(self, key: str, default: object = None) -> str:
+        return self[key]
 
 
 class _FieldError(Exception):
@@ -111,14 +143,19 @@ def fill_text(text: str, fields: Mapping[str, str]) -> str:
 
 
 def get_template(name: str) -> Template:
-    """The template of that name.
+    r"""The template of that name, or of a text with `{field}` marks, in which `\n` is a line end.
 
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    if name not in TEMPLATES:
-        raise UserError(f"unknown template `{name}`; known: {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name]
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if _FIELD.search(name):
+        text = name.replace("\\n", "\n")  # which a shell leaves as it is
+        return Template(name, lambda fields: fill_text(text, fields))
+    raise UserError(
+        f"unknown template `{name}`; known: {', '.join(sorted(TEMPLATES))}, or a text with marks such as {{input}}"
+    )
 
 
 _TASK_AND_INPUT = (

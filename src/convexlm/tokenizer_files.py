@@ -81,8 +81,8 @@ def said_of_bos(tokenizer: Any, add_bos: bool | None, sources: Sequence[str | No
     if not add_bos or settled or tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
         return ""
     return (
-        f"  prompts begin with `{tokenizer.bos_token}`, which the tokenizer itself puts before no text, nor TRL; if "
-        "the model was trained without it, set add_bos to false"
+        f"  prompts begin with the BOS token `{tokenizer.bos_token}`, which this tokenizer does not add by itself "
+        "(nor would TRL); if the model was trained without it, give --add_bos false (a recipe: `data.add_bos: false`)"
     )
 
 

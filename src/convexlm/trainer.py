@@ -26,9 +26,11 @@ from convexlm.collator import RECORD, ROW, WEIGHT, ConvexCollator, keeps_packed_
 from convexlm.config import ConvexConfig
 from convexlm.durable import DurableCheckpoints
 from convexlm.foreign_states import ForeignStates
+from convexlm.fsdp import optimizer_not_sharded, refuse_adapters_under_fsdp, untie_trained_copies
 from convexlm.fused_forward import HeadCall, add_fused_objective, experts_of, keep_output_dtype, logit_transform
 from convexlm.head_agreement import refuse_other_logits
 from convexlm.label_smoothing import refuse_label_smoothing
+from convexlm.log_lines import LogLines, ProgressLines
 from convexlm.nonfinite import NonFiniteGuard, take_records
 from convexlm.normalizer import count_targets
 from convexlm.objectives import IGNORE_INDEX, MINIMUM_STATISTICS, Objective, merge_statistics, summarize, warmed_up
@@ -74,6 +76,8 @@ class ConvexTrainer(
             )
         self.objective: Objective = args.build_objective()
         refuse_what_cannot_be_honoured(args, self.objective, kwargs)
+        if reason := optimizer_not_sharded(args):
+            raise ValueError(reason)
         if not isinstance(model, str):
             refuse_other_models(model)
         self._statistics: dict[str, dict[str, Tensor] | None] = {"train": None, "eval": None}
@@ -103,6 +107,10 @@ class ConvexTrainer(
             router_loss=self.aux_loss_enabled,
             best=args.load_best_model_at_end,
         )
+        if self.is_fsdp_enabled:
+            whole = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            refuse_adapters_under_fsdp(self.model, whole_states=whole)
+            untie_trained_copies(self.model)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         refuse_other_models(base)
         keep_gradients(base)
@@ -131,10 +139,10 @@ class ConvexTrainer(
         refuse_other_logits(self, base)
         refuse_looking_ahead(self, base)
         # Both print to stdout, which belongs to results.
-        self.remove_callback(PrinterCallback)
-        if not args.disable_tqdm and any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_SilentProgress)
+        for printing, quiet in ((PrinterCallback, LogLines), (ProgressCallback, ProgressLines)):
+            if any(type(callback) is printing for callback in self.callback_handler.callbacks):
+                self.remove_callback(printing)
+                self.add_callback(quiet)
         # The loss comes normalised by the global batch, so the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
         self._init_guard()
@@ -331,10 +339,3 @@ class ConvexTrainer(
         if losses := self._metrics["eval"].pop("aux_loss", None):
             output.metrics[f"{prefix}_aux_loss"] = sum(losses) / len(losses)
         return output
-
-
-class _SilentProgress(ProgressCallback):
-    """transformers' progress bar (on stderr) without the lines that it prints to stdout at every log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Nothing: the statistics are in `metrics.jsonl` and with the trackers."""

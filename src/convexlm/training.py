@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,6 @@ def train_model(
     _quiet_libraries()
     output_dir = Path(str(args.output_dir))
     check_settings(args, data)
-    _check_streaming(data, args)
     refuse_checkpoints(output_dir, resume)
     with held(args, output_dir):
         refuse_checkpoints(output_dir, resume)  # another training may have left some meanwhile
@@ -98,6 +98,8 @@ def _train_in(
 
     from convexlm.chat_templates import also_ends
     from convexlm.continuing import ContinuingTrainer, refuse_what_cannot_change
+    from convexlm.own_prompts import KEY as OWN_PROMPTS
+    from convexlm.own_prompts import said_of_own_prompts
     from convexlm.tokenization import PromptSettings, answer_end, load_tokenizer
     from convexlm.tokenizer_files import said_of_bos
 
@@ -105,6 +107,8 @@ def _train_in(
     if args.return_freed_memory and return_freed_memory(args.device.type):
         opening = ", ".join(filter(None, (opening, "freed memory goes back to the system")))
     tokenizer_source = data.tokenizer_name or model_options.model_name_or_path or data.config_name
+    if not tokenizer_source:
+        check_model(model_options, data)  # which says that there is no model
     tokenizer = load_tokenizer(
         str(tokenizer_source),
         trust_remote_code=args.trust_remote_code,
@@ -116,7 +120,9 @@ def _train_in(
     if data.add_bos is None and not data.config_name and (said := said_of_bos(tokenizer, settings.add_bos, sources)):
         _say(said)
     model_facts = model_identity(model_options, data, args, str(tokenizer_source), tokenizer)
-    train_dataset, counts, identity = _training_rows(data, args, tokenizer, settings)
+    train_dataset, counts, identity, own_prompt = _training_rows(data, args, tokenizer, settings)
+    if own_prompt is not None:
+        _say(f"  {data.dataset}: {said_of_own_prompts(own_prompt, data.template)}")
     eval_dataset = evaluation = None
     if data.eval_dataset:  # the whole of it, whatever `max_records` says
         prepared = _prepared(data.eval_dataset, data, args, tokenizer, settings, None)
@@ -131,7 +137,7 @@ def _train_in(
     args.model_init_kwargs = init_options
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # torch warns at every loader where there is nothing to pin for
-    trainer = _as_user_errors(
+    trainer = as_user_errors(
         lambda: ContinuingTrainer(
             model=model,
             args=args,
@@ -145,7 +151,7 @@ def _train_in(
     check_adapter(trainer.model, model_options)
     progress = _add_callbacks(trainer, title)
     marker = training_marker(asdict(settings), trainer.objective.to_dict(), args, identity, model_facts, evaluation)
-    trainer.checkpoint_marker = marker
+    trainer.checkpoint_marker = marker if own_prompt is None else {**marker, OWN_PROMPTS: True}
     trainer.how_to_go_on = f"the same command{'' if resume else ' with --resume'} goes on from there"
     for name, rows in ((data.dataset, train_dataset), (data.eval_dataset, eval_dataset)):
         if rows is not None:
@@ -174,7 +180,8 @@ def _train_in(
         deepspeed = trainer.is_deepspeed_enabled
         refuse_what_cannot_change(last, marker, deepspeed=deepspeed, metric=args.metric_for_best_model)
     if steps >= max_steps:
-        _say(f"  {title}: nothing to do: {last} is there, and the training has {max_steps} steps")
+        trained = f"{max_steps} step{'s' * (max_steps != 1)}"
+        _say(f"  {title}: nothing to do: {last} is there, and the training has {trained}")
     else:
         try:
             _run(trainer, last)
@@ -222,8 +229,11 @@ def _run(trainer: Any, last: Path | None) -> None:
 
 def _training_rows(
     data: DataOptions, args: ConvexConfig, tokenizer: Any, settings: PromptSettings
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The dataset to train on, what there is to say of it, and what tells it from another (see `training_marker`)."""
+) -> tuple[Any, dict[str, Any], dict[str, Any], str | None]:
+    """The dataset to train on, what there is to say of it, and what tells it from another (see `training_marker`).
+
+    And of prompts that the template did not make, the id of a record.
+    """
     identity: dict[str, Any] = {"streaming": data.streaming, "max_records": data.max_records}
     if data.streaming:
         from convexlm.streaming import RecordStream
@@ -244,12 +254,13 @@ def _training_rows(
         content = content_of(dataset_path(data.dataset))
         dataset = {"name": Path(data.dataset).name, "content": content}
         identity = {**identity, "shuffle_buffer": data.shuffle_buffer, "dataset": dataset}
-        return stream.as_dataset(), {"records": None, "dropped": None, "truncated": None}, identity
+        counts: dict[str, Any] = {"records": None, "dropped": None, "truncated": None}
+        return stream.as_dataset(), counts, identity, stream.own_prompt
     found = _prepared(data.dataset, data, args, tokenizer, settings, data.max_records)
     check_weights(found.dataset, data.dataset)
     identity["dataset"] = _identity_of(data.dataset, found)
     counts = {"records": len(found.dataset), "dropped": found.dropped, "truncated": found.truncated}
-    return found.dataset, counts, identity
+    return found.dataset, counts, identity, found.own_prompt
 
 
 def _identity_of(name: str, found: Any) -> dict[str, Any]:
@@ -282,37 +293,22 @@ def _prepared(
     return found
 
 
-def _check_streaming(data: DataOptions, args: ConvexConfig) -> None:
-    if data.shuffle_buffer < 0:
-        raise UserError(f"--shuffle_buffer must not be negative, it is {data.shuffle_buffer}")
-    if not data.streaming:
-        if data.shuffle_buffer:
-            raise UserError("--shuffle_buffer is for --streaming; without it all records are shuffled")
-        return
-    if args.max_steps <= 0:
-        raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise UserError(
-            f"--train_sampling_strategy {args.train_sampling_strategy}: a stream has no lengths to sort by"
-        )
-    if args.dataset_num_proc and args.dataset_num_proc > 1:
-        raise UserError("--dataset_num_proc tokenizes ahead of training; --streaming tokenizes while it goes on")
-    if args.shuffle_dataset:
-        raise UserError("--shuffle_dataset is for data in memory; with --streaming give --shuffle_buffer")
-    context = args.dataloader_multiprocessing_context
-    if args.dataloader_num_workers and context not in (None, "fork"):
-        raise UserError(f"--dataloader_multiprocessing_context {context}: a stream goes to forked workers alone")
-
-
 # -- the trainer
 
 
-def _as_user_errors(make: Any) -> Any:
+def as_user_errors(make: Any) -> Any:
     """What a trainer refuses at its start is the user's to mend, so it is told in one line."""
     try:
         return make()
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(first_line(error)) from error
+        said = first_line(error)
+        hint = "give names of its linear layers, or all-linear"
+        if said.startswith("Target modules"):  # PEFT's, where the model has none of them
+            names = ", ".join(f"`{name}`" for name in re.findall(r"'([^']+)'", said))
+            raise UserError(f"--lora_target_modules: the model has no module {names}; {hint}") from error
+        if said.startswith("Please specify `target_modules`"):
+            raise UserError(f"--lora_target_modules is missing: PEFT has none for such a model; {hint}") from error
+        raise UserError(said) from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -320,12 +316,11 @@ def _as_user_errors(make: Any) -> Any:
 
 
 def _add_callbacks(trainer: Any, title: str) -> TrainProgress:
-    from transformers import ProgressCallback
-
+    from convexlm.log_lines import LogLines, ProgressLines
     from convexlm.metrics_file import MetricsFile
 
     for callback in list(trainer.callback_handler.callbacks):
-        if isinstance(callback, ProgressCallback):
+        if isinstance(callback, (LogLines, ProgressLines)):
             trainer.remove_callback(type(callback))
     progress = TrainProgress(title)
     trainer.add_callback(MetricsFile())
@@ -343,9 +338,16 @@ def _say_what_was_lost(name: str, tokenized: Any, max_length: int | None) -> Non
     if tokenized.dropped:
         shown = ", ".join(tokenized.dropped[:5]) + (", ..." if len(tokenized.dropped) > 5 else "")
         count = len(tokenized.dropped)
-        _say(f"  {name}: {count} records dropped, for their prompts alone fill max_length={max_length}: {shown}")
-    if tokenized.truncated:
-        _say(f"  {name}: {tokenized.truncated} records cut to max_length={max_length}")
+        many = f"{count} records dropped, for their prompts alone fill"
+        one = "1 record dropped, for its prompt alone fills"
+        _say(f"  {name}: {one if count == 1 else many} max_length={max_length}: {shown}")
+    if count := tokenized.truncated:
+        _say(f"  {name}: {count} record{'s' * (count != 1)} cut to max_length={max_length}")
+    if count := tokenized.with_earlier_answers:
+        _say(
+            f"  {name}: {count} record{' has' if count == 1 else 's have'} assistant turns before the last, which are "
+            "context and not trained on"
+        )
 
 
 def _quiet_libraries() -> None:

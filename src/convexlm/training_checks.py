@@ -13,9 +13,11 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from convexlm.errors import UserError, first_line
 from convexlm.progress import note
+from convexlm.refusals import refuse_what_cannot_be_honoured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from convexlm.config import ConvexConfig
     from convexlm.data_options import DataOptions
@@ -32,17 +34,32 @@ AT_LEAST_ONE = (
 _POSITIONS = re.compile(r"wpe|pos", re.IGNORECASE)
 
 
-def check_settings(args: ConvexConfig, data: DataOptions) -> None:
+def check_settings(
+    args: ConvexConfig, data: DataOptions, *, device_type: str | None = None, here: bool = True
+) -> None:
     """See that options are what a training can be run with: values, packages, optimizer, schedule, evaluation.
+
+    Args:
+        args: the training options.
+        data: what to train on.
+        device_type: where it will be trained; what `args` says, if None.
+        here: it will be on this machine; else what only GPUs need may be missing here.
 
     Raises:
         UserError: the first that is not, by its name.
     """
     check_numbers(args)
+    try:
+        refuse_what_cannot_be_honoured(args, args.build_objective(), {})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if args.packing and args.max_length is None:
+        raise UserError("--packing needs a --max_length: the length of a packed row")
+    _check_streaming(args, data)
     _check_evaluation(args, data)
-    _check_packages(args)
-    _check_optimizer(args)
-    if args.activation_offloading and args.device.type == "cpu":
+    _check_packages(args, here)
+    _check_optimizer(args, here)
+    if args.activation_offloading and (device_type or args.device.type) == "cpu":
         raise UserError(
             "--activation_offloading moves activations from a GPU to the CPU, and there is none; leave it out"
         )
@@ -87,6 +104,28 @@ def check_numbers(args: ConvexConfig) -> None:
         raise UserError(f"--neftune_noise_alpha must be finite and not negative, not {args.neftune_noise_alpha}")
 
 
+def _check_streaming(args: ConvexConfig, data: DataOptions) -> None:
+    if data.shuffle_buffer < 0:
+        raise UserError(f"--shuffle_buffer must not be negative, it is {data.shuffle_buffer}")
+    if not data.streaming:
+        if data.shuffle_buffer:
+            raise UserError("--shuffle_buffer is for --streaming; without it all records are shuffled")
+        return
+    if args.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy}: a stream has no lengths to sort by"
+        )
+    if args.dataset_num_proc and args.dataset_num_proc > 1:
+        raise UserError("--dataset_num_proc tokenizes ahead of training; --streaming tokenizes while it goes on")
+    if args.shuffle_dataset:
+        raise UserError("--shuffle_dataset is for data in memory; with --streaming give --shuffle_buffer")
+    context = args.dataloader_multiprocessing_context
+    if args.dataloader_num_workers and context not in (None, "fork"):
+        raise UserError(f"--dataloader_multiprocessing_context {context}: a stream goes to forked workers alone")
+
+
 def _check_evaluation(args: ConvexConfig, data: DataOptions) -> None:
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     if data.eval_dataset and not evaluates and not args.eval_on_start:
@@ -106,10 +145,10 @@ def _check_evaluation(args: ConvexConfig, data: DataOptions) -> None:
         )
 
 
-def _check_packages(args: ConvexConfig) -> None:
+def _check_packages(args: ConvexConfig, here: bool) -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+    if here and args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
@@ -121,7 +160,7 @@ def _check_packages(args: ConvexConfig) -> None:
             raise UserError(f"--report_to {name}: {first_line(error)}") from None
 
 
-def _check_optimizer(args: ConvexConfig) -> None:
+def _check_optimizer(args: ConvexConfig, here: bool) -> None:
     """Make the optimizer and its schedule for one number, as the Trainer will for the model."""
     import torch
     from transformers import Trainer, get_scheduler
@@ -133,7 +172,8 @@ def _check_optimizer(args: ConvexConfig) -> None:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([parameter], **settings)
     except ImportError as error:
-        raise UserError(f"--optim {name}: {first_line(error)}") from None
+        if here:
+            raise UserError(f"--optim {name}: {first_line(error)}") from None
     except (ValueError, TypeError) as error:
         if "pass a model" not in str(error):  # one that needs it is left to the Trainer
             raise UserError(f"--optim {name} with its settings: {first_line(error)}") from None
@@ -272,6 +312,31 @@ def check_generation_config(generation_config: Any, where: str = "the model's ge
         raise UserError(f"{where}: not valid, so no checkpoint could be saved: {reason}") from None
     finally:
         logging.set_verbosity(level)
+
+
+def check_saved_generation_config(model: Path) -> None:
+    """See that the generation config in a model's folder is one that transformers will save with the checkpoints.
+
+    Whatever it says, it is saved as long as it stays as it was loaded. One without a padding token gets that of the
+    tokenizer in training; whether another one changes is for the training to tell, before its first step.
+
+    Raises:
+        UserError: it is not, or it cannot be loaded.
+    """
+    from transformers import GenerationConfig
+
+    file = model / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(str(model))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{file}: not valid, so the model cannot be loaded ({' '.join(str(error).split())[:160]})"
+        ) from None
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # any will do
+        check_generation_config(config, str(file))
 
 
 def check_loader(loader: Any, records: int | None, args: ConvexConfig) -> None:

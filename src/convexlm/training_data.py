@@ -25,7 +25,8 @@ from convexlm.dataset_names import parse_dataset
 from convexlm.errors import UserError
 from convexlm.files import file_sha256, json_sha256, write_atomic
 from convexlm.instruction_rows import load_dataset
-from convexlm.instructions import FORMATS, Record, check_max_records, iter_records, no_records
+from convexlm.instructions import FORMATS, Record, check_max_records, detect_format, iter_records, no_records
+from convexlm.own_prompts import first_own_prompt
 from convexlm.progress import note
 from convexlm.templates import get_template
 from convexlm.tokenization import answer_end, check_max_length, nothing_left, tokenize_batch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from convexlm.tokenization import PromptSettings
+
+    _Pair = tuple[Record, Mapping[str, Any]]
 
 META_FILE = "convexlm-data.json"
 _KEPT, _CUT, _DROPPED = 0, 1, 2
@@ -51,6 +54,8 @@ class TrainingData:
         truncated: how many rows lost the end of their answer to `max_length`.
         from_cache: whether an earlier run had tokenized them.
         source: name and hash of the data, as JSON has them; None if there is no hash.
+        own_prompt: the id of one of the first records, where their prompts are not the template's.
+        with_earlier_answers: how many records of `messages` have assistant turns before the one that is trained on.
     """
 
     dataset: Any
@@ -58,6 +63,8 @@ class TrainingData:
     truncated: int
     from_cache: bool
     source: Any = None
+    with_earlier_answers: int = 0
+    own_prompt: str | None = None
 
 
 def prepare_data(
@@ -117,7 +124,9 @@ def _load(folder: Path, from_cache: bool, source: Any) -> TrainingData:
     from datasets import load_from_disk
 
     meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-    return TrainingData(load_from_disk(str(folder)), meta["dropped"], meta["truncated"], from_cache, source)
+    rows, earlier = load_from_disk(str(folder)), meta.get("with_earlier_answers", 0)
+    own = meta.get("own_prompt")
+    return TrainingData(rows, meta["dropped"], meta["truncated"], from_cache, source, earlier, own)
 
 
 def _build(
@@ -135,12 +144,16 @@ def _build(
     from datasets.arrow_writer import ArrowWriter
 
     work.mkdir(parents=True, exist_ok=True)
-    records = (record for record, _ in iter_records(name, template=template))
-    count = 0
+    pairs = itertools.islice(iter_records(name, template=template), max_records)
+    count, earlier, own = 0, 0, None
     with ArrowWriter(path=str(work / "records.arrow"), features=Features({"record": Value("large_string")})) as writer:
-        for batch in _batches(itertools.islice(records, max_records)):
-            for said in [] if count else said_of_records(batch, made["tokenizer"], template):
-                note(f"  {name}: {said}")
+        for found in _batches(pairs):
+            batch = [record for record, _ in found]
+            earlier += sum(_has_earlier_answers(record, row) for record, row in found)
+            if not count:
+                for said in said_of_records(batch, made["tokenizer"], template):
+                    note(f"  {name}: {said}")
+                own = first_own_prompt(batch, template)
             writer.write_batch({"record": [_to_text(record) for record in batch]})
             count += len(batch)
         if not count:
@@ -176,12 +189,19 @@ def _build(
         rows = rows.select(np.flatnonzero(fate != _DROPPED))
     rows.remove_columns("fate").save_to_disk(str(target))
     meta = {"dropped": dropped, "truncated": int((fate == _CUT).sum()), "records": count}
+    meta |= {"with_earlier_answers": earlier, "own_prompt": own}
     write_atomic(target / META_FILE, json.dumps(meta, ensure_ascii=True) + "\n")
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while batch := list(itertools.islice(records, _WRITE_BATCH)):
+def _batches(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+    while batch := list(itertools.islice(pairs, _WRITE_BATCH)):
         yield batch
+
+
+def _has_earlier_answers(record: Record, row: Mapping[str, Any]) -> bool:
+    """Whether a dialogue has assistant turns that are not trained on; those of a `prompt` are context in TRL, too."""
+    turns = record.messages or ()
+    return any(turn["role"] == "assistant" for turn in turns) and detect_format(row).name == "messages"
 
 
 def _to_text(record: Record) -> str:

@@ -158,7 +158,7 @@ def check_adapter(model: Any, options: ModelConfig) -> None:
     if not options.use_peft:
         return
     names = {name for name, _ in model.get_base_model().named_modules()}
-    last = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
+    last = sorted({end for name in names if (end := name.rpartition(".")[2]) and not end.isdecimal()})
     for option in ("lora_target_modules", "lora_modules_to_save"):
         given = getattr(options, option) or []
         for module in [given] if isinstance(given, str) else given:

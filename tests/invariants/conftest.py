@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from training_runs import ARMS, BOTH_WEIGHTINGS, ENGINES, EVALUATION, ON_TWO, WHOLE_ON_TWO, Runs, halfway
+from training_runs import (
+    ARMS,
+    BOTH_WEIGHTINGS,
+    ENGINES,
+    EVALUATION,
+    FIRST_IS_BEST,
+    ON_TWO,
+    WHOLE_ON_TWO,
+    Runs,
+    halfway,
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +35,10 @@ def runs(tmp_path_factory):
         made.plan_on_two(arm, "even", "2x2x2", ON_TWO["2x2x2"], "fsdp2")
         made.plan_on_two(arm, "even", "2x1x32_bfd", WHOLE_ON_TWO["2x1x32_bfd"], "fsdp2")
     made.plan_on_two("lora", "even", "2x2x2", ON_TWO["2x2x2"], "fsdp2")
+    made.plan_on_two("lora", "even", "copy", made.with_a_copy(ON_TWO["2x2x2"], stop=10), "fsdp2")
+    half, copy = made.folder / "two-fsdp2-lora-even-copy", made.with_a_copy(ON_TWO["2x2x2"])
+    made.plan_on_two("lora", "even", "", copy, "fsdp2", folder=half, resume=["--resume"])
+    made.plan_on_two("convex", "even", "best", {**ON_TWO["2x2x2"], **FIRST_IS_BEST}, "fsdp2")
     for engine in ENGINES:
         made.plan_on_two("convex", "even", "bf16", {**ON_TWO["2x2x2"], **made.in_bfloat16(5)}, engine)
         made.plan_on_two("convex", "even", "first-half", halfway(2, stop=10), engine)

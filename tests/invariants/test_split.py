@@ -109,6 +109,21 @@ def test_lora_under_fsdp2(runs):
 
 
 @pytest.mark.slow
+def test_a_trained_copy_of_a_tied_embedding_and_sgd_resumed_under_fsdp2(runs):
+    """accelerate ties embeddings anew, and torch loads no optimizer without a state."""
+    wanted = runs.get("lora", "even", "copy", runs.with_a_copy(BATCHES_OF_8["8"]))
+    assert any("embed_tokens" in name for name in wanted.weights)
+    assert_same_run(runs.get_on_two("lora", "even", "copy", "fsdp2"), wanted)
+
+
+@pytest.mark.slow
+def test_the_best_is_loaded_after_an_evaluation_under_fsdp2(runs):
+    runs.make_on_two("fsdp2")
+    folder = runs.folder / "two-fsdp2-convex-even-best"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_counted_in_bfloat16_is_exact(runs, engine):
     wanted = runs.get("convex", "even", "bf16-8", {**BATCHES_OF_8["8"], **runs.in_bfloat16(10)})

@@ -67,6 +67,11 @@ WHOLE_ON_TWO = {
     "2x3x12_bfd": split(3, 12, packing=True, packing_strategy="bfd"),
 }
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 6}
+# The last of two steps is evaluated and not saved, and the model of the first is loaded.
+FIRST_IS_BEST = {
+    **{"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "save_strategy": "best"},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "nll", "greater_is_better": True},
+}
 
 
 def halfway(batch, stop=20):
@@ -83,6 +88,7 @@ class Runs:
         self.model = write_model_files(folder / "model")
         self.base = folder / "base"  # an adapter goes on weights that are kept
         tiny_model(seed=1).save_pretrained(self.base)
+        tiny_model(seed=1, tie_word_embeddings=True).save_pretrained(folder / "tied-base")
         for weights, name in ((True, "weighted"), (False, "plain")):
             write_records(folder / f"even-{name}.jsonl", 24, weights=weights)
             write_records(folder / f"uneven-{name}.jsonl", 21, weights=weights)
@@ -95,6 +101,11 @@ class Runs:
         """With one evaluation of more batches than bfloat16 can count."""
         many = {"eval_dataset": self.folder / "eval-many.jsonl", "eval_strategy": "steps", "eval_steps": 20}
         return {"bf16": True, "per_device_eval_batch_size": batch, **many}
+
+    def with_a_copy(self, form, stop=20):
+        """An adapter that trains one of two tied embeddings as a whole, by an optimizer without a state."""
+        tied = {"model_name_or_path": self.folder / "tied-base", "lora_modules_to_save": ["embed_tokens"]}
+        return {**form, **tied, "max_steps": stop, "save_steps": 10}
 
     def options(self, arm, data, form):
         kind = "plain" if arm in ("mle", "dft") else "weighted"

@@ -82,8 +82,8 @@ class DecodeJob:
         """The prompt of each source, filled from the template; outer blanks of the source are left out.
 
         Raises:
-            UserError: an unknown template, a field it needs and decoding does not have, or an instruction that names
-                languages where the pair gives none.
+            UserError: an unknown template, a field it needs and decoding does not have, an instruction that it has no
+                place for, or one that names languages where the pair gives none.
         """
         from convexlm.templates import TRANSLATION_INSTRUCTION, fill_instruction, get_template
 
@@ -93,9 +93,14 @@ class DecodeJob:
             instruction = fill_instruction(instruction, self.test_set.pair)
         elif "[SRC]" in instruction or "[TGT]" in instruction:
             raise UserError("the instruction names [SRC] or [TGT]: say which languages they are, as a pair like en-de")
-        return [
+        prompts = [
             template.fill({"instruction": instruction, "input": source.strip()}) for source in self.test_set.sources
         ]
+        if self.instruction is not None and prompts:
+            another = {"instruction": f"{instruction} ", "input": self.test_set.sources[0].strip()}
+            if template.fill(another) == prompts[0]:
+                raise UserError(f"the template `{template.name}` has no place for an instruction: leave it out")
+        return prompts
 
     def identity(self, prompts: list[str], checkpoint_sha256: str, backend: str, dtype: str) -> dict[str, Any]:
         """What two runs must have in common to work on the same output, JSON-ready."""

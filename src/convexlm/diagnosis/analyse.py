@@ -54,14 +54,15 @@ class Sample:
     lengths: np.ndarray
     m: np.ndarray
     weights: np.ndarray
-    sources: Sequence[str] | None = None
+    sources: Sequence[str] | np.ndarray | None = None
     log_probs: np.ndarray | None = None
     logit_norms: np.ndarray | None = None
     right: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.lengths)
-        if n == 0 or len(self.m) != n or len(self.weights) != n or (self.sources and len(self.sources) != n):
+        named = n if self.sources is None else len(self.sources)  # an array has no truth of its own
+        if n == 0 or len(self.m) != n or len(self.weights) != n or named != n:
             raise ValueError("lengths, m, weights and sources must be of one length, and not empty")
         if (self.lengths < 1).any() or not np.isfinite(self.m).all() or (self.weights < 0).any():
             raise ValueError("lengths must be at least 1, m finite and weights not negative")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 from convexlm.launch.ending import leave
 from convexlm.launch.processes import die_with
-from convexlm.launch.training import JOB_VARIABLE, PARENT_VARIABLE
+from convexlm.launch.training import JOB_VARIABLE, PARENT_VARIABLE, TRACEBACK_FILES
 
 
 def main() -> int:
@@ -23,6 +24,7 @@ def main() -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+    from convexlm.disk import disk_failure
     from convexlm.errors import Stopped, UserError
     from convexlm.verbs.train import train_here
 
@@ -41,6 +43,13 @@ def main() -> int:
     except KeyboardInterrupt:
         tell(kind="interrupted")
         return 1
+    except Exception as error:
+        if (said := disk_failure(error)) is not None:
+            tell(kind="failed", message=said)
+        else:
+            file = job_file.parent / TRACEBACK_FILES.replace("*", rank.zfill(6))
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+        return 1
     if local_rank == "0":
         (job_file.parent / "result.json").write_text(json.dumps(result, default=str), encoding="utf-8")
     return 0
@@ -50,8 +59,6 @@ if __name__ == "__main__":
     try:
         code = main()
     except Exception:
-        import traceback
-
         traceback.print_exc()
         code = 1
     leave(code)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from convexlm.errors import UserError
+from convexlm.fsdp import asks_for_fsdp, optimizer_not_sharded, saves_whole_states
 from convexlm.launch.deepspeed import is_on_cpu, processes_of, refuse_code, zero_folder, zero_stage_of
 from convexlm.launch.environment import FSDP_ON_CPU
 from convexlm.launch.settings import started_processes
@@ -25,7 +26,8 @@ def set_up(config: Any) -> None:
 
     Raises:
         RuntimeError: there are not as many processes as a launcher has said.
-        UserError: FSDP was asked for where accelerate would quietly train without.
+        UserError: FSDP was asked for where accelerate would quietly train without, or with an optimizer that does not
+            go with it.
     """
     said, found = started_processes(), int(config.world_size)
     if said != found:
@@ -36,7 +38,9 @@ def set_up(config: Any) -> None:
         # transformers would split every batch over them in this one process (nn.DataParallel).
         note(f"  one of {config.n_gpu} GPUs is used; --num_processes {config.n_gpu} takes all")
         config._n_gpu = 1
-    if _asks_for_fsdp(config) and config.device.type == "cpu":
+    if reason := optimizer_not_sharded(config):
+        raise UserError(reason)
+    if asks_for_fsdp(config) and config.device.type == "cpu":
         _allow_fsdp_on_cpu(found)
 
 
@@ -63,7 +67,7 @@ def refuse_another_engine(
         return
     last = checkpoints[-1]
     folder = zero_folder(last)
-    anew = f"begin a new training from its weights with --model_name_or_path {last}"
+    anew = _begin_anew(last)
     if folder is not None:
         stage, count = zero_stage_of(folder), processes_of(folder)
         same = zero_stage == stage if stage == 3 else zero_stage in (1, 2)
@@ -74,11 +78,18 @@ def refuse_another_engine(
             )
         refuse_code(folder)
         return
-    by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), _asks_for_fsdp(config)
-    if by_fsdp and not with_fsdp and (zero_stage is not None or not is_whole_of_fsdp(last)):
+    by_fsdp, with_fsdp = any((last / name).exists() for name in FSDP_FILES), asks_for_fsdp(config)
+    whole = is_whole_of_fsdp(last)
+    if by_fsdp and not with_fsdp and (zero_stage is not None or not whole):
         raise UserError(
-            f"{last} was saved under FSDP{'' if zero_stage is not None else ' as shards'}, which only FSDP can go on "
-            f"from: give --accelerate_config fsdp2; or {anew}"
+            f"{last} was saved under FSDP{'' if whole else ' as shards'}, which only FSDP can go on from: give "
+            f"--accelerate_config {'fsdp2' if whole else 'with the file that it was saved with'}; or {anew}"
+        )
+    if by_fsdp and with_fsdp and whole != saves_whole_states(config):
+        saved, other = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")[:: 1 if whole else -1]
+        raise UserError(
+            f"{last} was saved under FSDP with {saved}, and {other} cannot go on from it: give an accelerate file "
+            f"with `fsdp_state_dict_type: {saved}`{', such as fsdp2' if whole else ''}; or {anew}"
         )
     if (last / "optimizer.pt").exists() and (with_fsdp or zero_stage is not None):
         name = "FSDP" if with_fsdp else "DeepSpeed"
@@ -88,10 +99,15 @@ def refuse_another_engine(
         )
 
 
-def _asks_for_fsdp(config: Any) -> bool:
-    if getattr(config, "fsdp", None):  # --fsdp, of transformers
-        return True
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def _begin_anew(checkpoint: Path) -> str:
+    if (checkpoint / "adapter_config.json").is_file():
+        first = f"merge its adapter with `convexlm export --checkpoint {checkpoint} --output_dir DIR --merge_adapter`"
+    elif not any(checkpoint.glob("*.safetensors")):
+        model = "" if (checkpoint / "config.json").is_file() else " --base_model MODEL"
+        first = f"make its shards one model with `convexlm export --checkpoint {checkpoint} --output_dir DIR{model}`"
+    else:
+        return f"begin a new training from its weights with --model_name_or_path {checkpoint}"
+    return f"{first} and begin a new training from that, with --model_name_or_path DIR"
 
 
 def _allow_fsdp_on_cpu(processes: int) -> None:

@@ -101,6 +101,8 @@ def make_plan(settings: LaunchSettings, *, use_cpu: bool = False) -> Plan:
             raise UserError(f"--accelerate_config {name}: on the CPU there is nothing to offload from; take zero3")
     if kind == "FSDP" and on_cpu and settings.processes == 1:
         raise UserError(f"--accelerate_config {name}: on the CPU, FSDP needs --num_processes of at least 2")
+    if kind == "FSDP" and on_cpu and (reason := _fsdp_not_on_cpu(str(name))):
+        raise UserError(f"--accelerate_config {name}: on the CPU {reason}")
     variables = _accelerate_variables(settings, kind) if name else {}
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or str(_threads(local)))
     if on_cpu and kind == "DEEPSPEED":
@@ -170,6 +172,18 @@ def _offloads(name: str) -> bool:
     from convexlm.options import load_yaml
 
     return deepspeed_settings(load_yaml(config_file(name)))[1:] != ("none", "none")
+
+
+def _fsdp_not_on_cpu(name: str) -> str | None:
+    from convexlm.launch.sharding import sharding_of_file
+    from convexlm.options import load_yaml
+
+    file = load_yaml(config_file(name))
+    if sharding_of_file(file, 2) == "fsdp2_offload":
+        return "there is nothing to offload from; leave `fsdp_offload_params` out, or take fsdp2"
+    if str((file.get("fsdp_config") or {}).get("fsdp_version", "1")) == "1":
+        return "only the second FSDP trains; set `fsdp_version: 2`, or take fsdp2"
+    return None
 
 
 def _other_accelerator(use_cpu: bool) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 JOB_FILE, JOB_VARIABLE = "job.json", "CONVEXLM_LAUNCH_JOB"
 PARENT_VARIABLE = "CONVEXLM_LAUNCH_PARENT"
+TRACEBACK_FILES = "traceback.*.txt"
 LOCAL_ADDRESS = "127.0.0.1"
 
 
@@ -51,7 +52,7 @@ def launch_training(
 
     Raises:
         UserError: the launch does not fit this machine, or what a process has found to be the user's mistake.
-        Stopped: the training was stopped before its end.
+        Stopped: the training was stopped before its end, or the disk is full or not to be written.
         KeyboardInterrupt: aborted by Ctrl-C.
         SystemExit: a process failed; it has told why on stderr.
     """
@@ -109,13 +110,17 @@ def describe(settings: LaunchSettings, plan: Plan) -> str:
 
 def _outcome(folder: Path, plan: Plan, codes: list[int], first: int | None, title: str) -> dict[str, Any]:
     told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("outcome.*.json"))]
-    for kind in ("user_error", "stopped", "interrupted"):
+    for kind in ("user_error", "failed", "stopped", "interrupted"):
         for outcome in told:
             if outcome["kind"] == kind:
                 _raise(outcome)
     if first is None:
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
     number, code = first, codes[first]
+    # Where one fails, the others mostly fail of losing it, a moment later.
+    tracebacks = sorted(folder.glob(TRACEBACK_FILES), key=lambda path: path.stat().st_mtime_ns)
+    if tracebacks and code > 0:
+        sys.stderr.write(tracebacks[0].read_text(encoding="utf-8"))
     by = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     hint = "; the system ends processes so when memory runs out" if code == -signal.SIGKILL else ""
     note(f"  {title}: process {plan.first_rank + number} of {plan.world} ended {by}{hint}")
@@ -125,6 +130,6 @@ def _outcome(folder: Path, plan: Plan, codes: list[int], first: int | None, titl
 def _raise(outcome: dict[str, Any]) -> None:
     if outcome["kind"] == "user_error":
         raise UserError(outcome["message"])
-    if outcome["kind"] == "stopped":
-        raise Stopped(outcome["message"], outcome["exit_code"])
+    if outcome["kind"] in ("stopped", "failed"):
+        raise Stopped(outcome["message"], outcome.get("exit_code", 1))
     raise KeyboardInterrupt

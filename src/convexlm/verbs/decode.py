@@ -55,7 +55,11 @@ def make_parser(prog: str) -> VerbParser:
     group = prompt.add_mutually_exclusive_group()
     group.add_argument("--instruction", metavar="TEXT", help="default: the translation instruction")
     group.add_argument("--instruction_file", metavar="FILE", help="file with the instruction")
-    prompt.add_argument("--template", metavar="NAME", help="default: the checkpoint's own, else alpaca")
+    prompt.add_argument(
+        "--template",
+        metavar="NAME",
+        help="its name, or its text, such as 'Translate: {input}'; default: the checkpoint's own, else alpaca",
+    )
 
     search = parser.add_argument_group("search")
     for name, kind, text in (
@@ -273,12 +277,14 @@ def _prompt_settings(checkpoint: Path, template: str | None) -> tuple[PromptSett
     from dataclasses import replace
 
     from convexlm.decoding.checkpoint import has_prompt_settings
+    from convexlm.own_prompts import refuse_unknown_prompts
     from convexlm.tokenization import PromptSettings
 
     known = has_prompt_settings(checkpoint)
     settings = PromptSettings.load(checkpoint) if known else PromptSettings()
     if template is not None:
         return replace(settings, template=template), ""
+    refuse_unknown_prompts(checkpoint)
     if known:
         return settings, ""
     return settings, (

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +26,13 @@ from convexlm.launch.settings import (
     refuse_half_a_launch,
     under_a_launcher,
 )
+from convexlm.objectives import get_objective
+from convexlm.option_names import UNHEEDED
 from convexlm.options import VerbParser, load_yaml
+from convexlm.own_prompts import has_own_prompts
 from convexlm.plugins import load_plugins
+from convexlm.progress import note
+from convexlm.recipe_types import as_mapping
 from convexlm.training import train_model
 
 if TYPE_CHECKING:
@@ -31,26 +40,6 @@ if TYPE_CHECKING:
 
     from convexlm.launch.settings import LaunchSettings
 
-
-UNHEEDED = {
-    "completion_only_loss": "the loss always covers the completion and its EOS only",
-    "assistant_only_loss": "the last assistant message is the completion; use ConvexTrainer in a script for others",
-    "truncation_mode": "what is too long is cut at the end of the completion",
-    "chat_template_path": "set the template in the tokenizer and choose --template chat",
-    "dataset_text_field": "records are recognised by their keys",
-    "dataset_kwargs": "use ConvexTrainer in a script",
-    "eos_token": "set it in the tokenizer",
-    "pad_token": "set it in the tokenizer",
-    "auto_find_batch_size": "a smaller batch would be another training; --dry_run says what memory is needed, and "
-    "--gradient_accumulation_steps keeps the global batch",
-    "bf16_full_eval": "evaluations in training are in its own precision",
-    "fp16_full_eval": "evaluations in training are in its own precision",
-    "enable_jit_checkpoint": "a checkpoint is saved at SIGTERM in any case",
-    "do_predict": "convexlm decode makes hypotheses",
-    "label_names": "the loss is always that of the completion",
-    "length_column_name": "lengths are those of the tokenized records",
-    "resume_from_checkpoint": "--resume goes on from the last complete checkpoint in --output_dir",
-}
 SAME_ANYWAY = {("completion_only_loss", True)}
 # Of TRL's model options those that say how an adapter is made.
 OF_ADAPTERS = (
@@ -74,10 +63,14 @@ class TrainParser(HfArgumentParser, VerbParser):
 
 
 def make_parser(prog: str) -> VerbParser:
-    """Options: data, model (TRL's ModelConfig) and training (ConvexConfig, so any of SFTConfig's)."""
+    """Options: data, model (TRL's ModelConfig) and training (ConvexConfig, so most of SFTConfig's)."""
     parser = TrainParser(
-        prog, "Fine-tune a causal language model with an objective. Every option of TRL's SFTConfig is taken."
+        prog,
+        "Fine-tune a causal language model with an objective. Most options of TRL's SFTConfig are taken; the others "
+        "say why not.",
     )
+    # Unset, so that it shows whether it was given; `build_options` then leaves it to the dataclass.
+    parser.set_defaults(num_train_epochs=None)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last complete checkpoint in --output_dir"
     )
@@ -93,8 +86,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.output_dir:
         raise UserError("--output_dir is missing: where checkpoints and metrics go")
     asked = launch_settings(vars(args))
+    if args.max_steps > 0 and args.num_train_epochs is not None and os.environ.get("RANK", "0") == "0":
+        note(f"  --max_steps {args.max_steps} counts, and --num_train_epochs is not heeded beside it")
     if args.dry_run:
-        return _plan(asked.resolved(to_plan=True), option_values(vars(args)))
+        return _plan(asked.resolved(to_plan=True), option_values(vars(args)), resume=args.resume)
     if under_a_launcher():
         refuse_another_launch(asked)
     elif asked:
@@ -133,15 +128,24 @@ def train_here(values: dict[str, Any], *, resume: bool, title: str = "train") ->
     return train_model(model_options, data, config, resume=resume, title=title, opening=opening)
 
 
-def _plan(asked: LaunchSettings, values: dict[str, Any]) -> dict[str, Any]:
+def _plan(asked: LaunchSettings, values: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     from convexlm.launch.settings import config_file
     from convexlm.plan_training import plan_training, sharding_of_file
 
-    if not asked:
-        return {"dry_run": True, **plan_training(values)}
-    file = load_yaml(config_file(asked.accelerate_config)) if asked.accelerate_config else {}
-    sharding = sharding_of_file(file, asked.processes)
-    return {"dry_run": True, **plan_training(values, processes=asked.processes, sharding=sharding)}
+    if asked:
+        file = load_yaml(config_file(asked.accelerate_config)) if asked.accelerate_config else {}
+        sharding = sharding_of_file(file, asked.processes)
+        plan = plan_training(values, processes=asked.processes, sharding=sharding, resume=resume)
+    else:
+        plan = plan_training(values, resume=resume)
+    return {"dry_run": True, **plan, "options": {**_objective_settings(values), **plan["options"]}}
+
+
+def _objective_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The objective of options that were checked, with the settings that it has where none are given."""
+    given = {name: values[name] for name in ("k", "level", "length_weighting", "mle_mix") if values[name] is not None}
+    settings = get_objective(values["objective"], **given, **(as_mapping(values["objective_kwargs"]) or {})).to_dict()
+    return {"objective": settings.pop("name"), **settings}
 
 
 def option_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -157,17 +161,21 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
         UserError: a value that an option cannot have.
     """
     load_plugins(values.get("plugins"))
+    _refuse_unheeded(values)
+    if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed: DeepSpeed is not installed (pip install deepspeed)")
     precision = choose_precision(values)
     values = {**values, "bf16": precision.bf16, "fp16": precision.fp16}
+    if values.get("num_train_epochs") is None:
+        values.pop("num_train_epochs", None)
     made: list[Any] = []
     for cls in (DataOptions, ModelConfig, ConvexConfig):
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         try:
             made.append(cls(**{key: value for key, value in values.items() if key in names}))
         except (ValueError, TypeError, OSError, ImportError) as error:
-            raise UserError(str(error).split("\n")[0]) from None
+            raise UserError(_said_of(error)) from None
     data, model_options, config = made
-    _refuse_unheeded(config)
     _refuse_half_an_adapter(model_options)
     dtype = model_options.dtype
     if dtype not in (None, "auto") and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
@@ -181,11 +189,25 @@ def build_options(values: dict[str, Any]) -> tuple[DataOptions, ModelConfig, Con
     return data, model_options, config
 
 
-def _refuse_unheeded(config: ConvexConfig) -> None:
+def _said_of(error: Exception) -> str:
+    """What an option object says of a value that it cannot have, in one line and in terms of our options."""
+    first, *others = str(error).split("\n")
+    if "You need to assign use_cpu" in first:
+        return (
+            "--bf16 true: there is no GPU here that has bf16; leave it out, or give --use_cpu true to compute in bf16 "
+            "on the CPU"
+        )
+    listed = ", ".join(line.removeprefix("- ") for line in others if line.startswith("- "))
+    plain = re.sub(r"\b\w+Strategy\.([A-Z]+)\b", lambda name: name[1].lower(), listed)  # transformers' enumerations
+    return f"{first} {plain}".rstrip()
+
+
+def _refuse_unheeded(values: dict[str, Any]) -> None:
     """Options of SFTConfig about TRL's own tokenization, which `convexlm train` does not use: sooner an error."""
     plain = {f.name: f.default for f in dataclasses.fields(ConvexConfig)}
     for name, instead in UNHEEDED.items():
-        if getattr(config, name) not in (plain[name], None) and (name, getattr(config, name)) not in SAME_ANYWAY:
+        value = values.get(name)
+        if value not in (plain[name], None) and (name, value) not in SAME_ANYWAY:
             raise UserError(f"--{name}: not heeded by `convexlm train` and recipes; {instead}")
 
 
@@ -208,14 +230,20 @@ def show(result: dict[str, Any], console: Console) -> None:
         return
     if result["new_steps"]:
         resumed = f"the last {result['new_steps']} of " if result["new_steps"] < result["steps"] else ""
-        spent = f"{result['records']} records in {result['seconds']:.0f} s"
-        console.print(f"trained {resumed}{result['steps']} steps on {spent}")
+        records, steps = result["records"], result["steps"]
+        spent = f"{records} record{'s' * (records != 1)} in {result['seconds']:.0f} s"
+        console.print(f"trained {resumed}{steps} step{'s' * (steps != 1)} on {spent}")
     else:
-        console.print(f"nothing to do: all {result['steps']} steps were trained before")
+        console.print(f"nothing to do: {result['steps']} of {result['steps']} steps were trained before")
     kept = ", ".join(result["checkpoints"]) or "none (--save_strategy no)"
     console.print(f"checkpoints in {result['output_dir']}: {kept}")
     chosen = result.get("best_checkpoint") or result["last_checkpoint"]
-    if chosen:
+    if chosen and not any((Path(chosen) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        # FSDP's SHARDED_STATE_DICT leaves its shards and nothing of a model beside them.
+        console.print(f"next: convexlm export --checkpoint {chosen} --base_model MODEL --output_dir DIR")
+    elif chosen:
+        template = " --template TEXT_OR_NAME" if has_own_prompts(Path(chosen)) else ""
         console.print(
-            f"next: convexlm decode --model_name_or_path {chosen} --sources FILE --pair en-de --output_file FILE.jsonl"
+            f"next: convexlm decode --model_name_or_path {chosen}{template} --sources FILE --pair en-de --output_file "
+            "FILE.jsonl"
         )
