@@ -152,6 +152,24 @@ def test_randomization_is_that_of_all_exchanges(metric):
         assert row["p_value"] < 0.01 and not is_sure(row)
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "ter"])
+def test_a_few_sentences_prove_no_more_than_they_can(metric):
+    for count in (3, 5, 8):
+        lines = [REFERENCE[i] if i < count else line for i, line in enumerate(SYSTEMS["mle"])]
+        differ = sum(one != other for one, other in zip(lines, SYSTEMS["mle"], strict=True))
+        systems = {"a": SYSTEMS["mle"], "b": lines}
+        corpora = [Corpus(f"seed {seed}", "en", systems, [REFERENCE]) for seed in (1, 2)]  # the same sentences twice
+        rows = [paired_test(systems, [REFERENCE], "en", [metric])[1], joint_test(corpora, [metric])[1]]
+        hits = {
+            name: [float(a == b) for a, b in zip(lines, REFERENCE, strict=True)] for name, lines in systems.items()
+        }
+        rows.append(mean_difference_test([hits])[1])
+        for row in rows:
+            assert row["p_two_sided"] >= min(1, 2 / 2**differ)
+            assert not (is_sure(row) and differ < 6)
+        assert rows[0]["p_two_sided"] < 0.05 or count < 8
+
+
 def test_a_single_sentence_proves_nothing():
     """Every resample of it is the same, so the interval is a point."""
     systems, references = {"a": ["the cat sat"], "b": ["the cat sat on the mat"]}, [["the cat sat on the mat"]]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from convexlm.errors import UserError
 from convexlm.files import json_sha256
 from convexlm.randomization import randomization_p, sacrebleu_test
-from convexlm.resampling import check_samples, draw, holm, percentile_interval, sacrebleu_p, two_sided_p
+from convexlm.resampling import check_samples, draw, holm, least_p, percentile_interval, sacrebleu_p, two_sided_p
 from convexlm.scoring import (
     DEFAULT_METRICS,
     DEFAULT_SEED,
@@ -122,6 +122,7 @@ def paired_test(
         for system, result in found.items():
             base = found[baseline].score
             row = _row(baseline, system, float(result.score), sampled[system], float(base), sampled[baseline])
+            row |= _no_less(row, statistics, [0])
             # Ours is 1 where nothing differs, and sacreBLEU's otherwise.
             if row["p_value"] is not None and not nothing_differs(row):
                 row["p_value"] = float(result.p_value)
@@ -193,6 +194,7 @@ def joint_test(
                 )
             ]
             row = _row(baseline, system, mean, sampled[system], base, sampled[baseline])
+            row |= _no_less(row, statistics, labels)
             extra = {"higher_is_better": get_metric(name).higher_is_better}
             metric_rows.append({"metric": name} | extra | row | {"corpora": parts})
         rows += _add_holm(_without_a_sample(metric_rows, [len(scorer.references[0]) for scorer in scorers]))
@@ -280,6 +282,7 @@ def mean_difference_test(
     found = [
         _row(baseline, name, observed[name], sampled[name], observed[baseline], sampled[baseline]) for name in names
     ]
+    found = [row | _no_less(row, arrays, labels) for row in found]
     return _add_holm(_without_a_sample(found, sizes))
 
 
@@ -335,6 +338,16 @@ def _row(
     delta = score - base_score
     row |= {"delta": delta, "delta_low": low, "delta_high": high}
     return row | {"p_value": sacrebleu_p(deltas, delta), "p_two_sided": two_sided_p(deltas, delta)}
+
+
+def _no_less(
+    row: Mapping[str, Any], values: Sequence[Mapping[str, np.ndarray]], labels: Sequence[Hashable]
+) -> dict[str, Any]:
+    """The row's two-sided p, made no smaller than the sentences that differ allow."""
+    if row["p_two_sided"] is None:
+        return {}
+    parts = [(label, part[row["baseline"]], part[row["system"]]) for label, part in zip(labels, values, strict=True)]
+    return {"p_two_sided": max(row["p_two_sided"], least_p(parts))}
 
 
 def _without_a_sample(rows: list[dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
