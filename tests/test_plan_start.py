@@ -178,3 +178,10 @@ def test_a_sample_of_which_nothing_is_dropped_says_when_training_saves(tiny_llam
     assert "about 500 steps" in plan_lines(plan)[2]
     without_limit = plan_training({**values, "max_length": None})
     assert (without_limit["steps"], without_limit["steps_about"]) == (500, None)
+
+
+def test_an_optimizer_that_fsdp_does_not_shard(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    given = options(tiny_llama, tmp_path, 4, optim="adagrad")
+    assert cli.main([*words(given), "--dry_run"]) == 0
+    assert cli.main([*words(given), "--dry_run", "--accelerate_config", "fsdp2", "--num_processes", "2"]) == 2
+    assert "`optim` adagrad does not go with FSDP" in capfd.readouterr().err

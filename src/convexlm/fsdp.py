@@ -31,10 +31,15 @@ def saves_whole_states(args: Any) -> bool:
     return "FULL_STATE_DICT" in str(kind).upper() or str(kind) == "1"
 
 
-def optimizer_not_sharded(args: Any) -> str | None:
-    """Why the optimizer of these options does not go with FSDP; None if it does, or there is no FSDP."""
+def optimizer_not_sharded(args: Any, *, under_fsdp: bool | None = None) -> str | None:
+    """Why the optimizer of these options does not go with FSDP; None if it does, or there is no FSDP.
+
+    Args:
+        args: the training options.
+        under_fsdp: whether there will be; by default, whether they or the launcher of this process ask for it.
+    """
     name = str(getattr(args.optim, "value", args.optim))
-    if name in _NOT_SHARDED and asks_for_fsdp(args):
+    if name in _NOT_SHARDED and (asks_for_fsdp(args) if under_fsdp is None else under_fsdp):
         return f"`optim` {name} does not go with FSDP, which shards its state; take adamw_torch, or leave FSDP out"
     return None
 

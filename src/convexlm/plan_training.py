@@ -90,7 +90,7 @@ def plan_training(
     source = options.tokenizer_name or model_options.model_name_or_path or options.config_name
     sample = tokenize_sample(data, source, options.template, options.add_bos, train_config.max_length)
     planned = planned_model(values, config, sample)
-    check_start(values, made, planned, sample, resume=resume)
+    check_start(values, made, planned, sample, sharding=sharding, resume=resume)
     rows = rows_of_epoch(data, sample, train_config)
     if options.streaming:  # it has no end
         rows = Rows(None, tokens=rows.tokens)
