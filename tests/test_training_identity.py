@@ -34,7 +34,7 @@ class Home:
         (self.base / "config.json").write_text("{}")
         (self.base / "model.safetensors").write_bytes(b"weights")
         (self.tokenizer / "tokenizer.json").write_text("{}")
-        (self.data / "part1.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        (self.data / "part1.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
         self.plugin = path / "mine.py"
         self.plugin.write_text("A = 1\n")
         self.trained: list[str] = []
@@ -153,7 +153,7 @@ def test_a_file_that_changes_while_the_last_arm_is_trained_stops_before_it_is_sc
     monkeypatch.setattr(pipeline, "_trainer", lambda recipe: nullcontext(home._train))
     monkeypatch.setattr(pipeline, "decode_stage", stage)
     file = home.data / "part1.jsonl"
-    home.meanwhile = lambda name: name == "convex" and file.write_text('{"prompt": "c", "completion": "d"}\n')
+    home.meanwhile = lambda name: name == "convex" and file.write_text('{"instruction": "c", "output": "d"}\n')
     recipe = home.recipe(data__dataset=str(file), decode__checkpoints="last")
     with pytest.raises(UserError, match="train/mle: trained on other data: .*part1.jsonl has changed since"):
         pipeline.run_recipe(recipe, home.folder.path)

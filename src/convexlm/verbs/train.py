@@ -236,14 +236,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     else:
         console.print(f"nothing to do: {result['steps']} of {result['steps']} steps were trained before")
     kept = ", ".join(result["checkpoints"]) or "none (--save_strategy no)"
-    console.print(f"checkpoints in {result['output_dir']}: {kept}")
+    lines = [f"checkpoints in {result['output_dir']}: {kept}"]
     chosen = result.get("best_checkpoint") or result["last_checkpoint"]
     if chosen and not any((Path(chosen) / name).is_file() for name in ("config.json", "adapter_config.json")):
         # FSDP's SHARDED_STATE_DICT leaves its shards and nothing of a model beside them.
-        console.print(f"next: convexlm export --checkpoint {chosen} --base_model MODEL --output_dir DIR")
+        lines.append(f"next: convexlm export --checkpoint {chosen} --base_model MODEL --output_dir DIR")
     elif chosen:
         template = " --template TEXT_OR_NAME" if has_own_prompts(Path(chosen)) else ""
-        console.print(
+        lines.append(
             f"next: convexlm decode --model_name_or_path {chosen}{template} --sources FILE --pair en-de --output_file "
             "FILE.jsonl"
         )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
