@@ -66,7 +66,7 @@ def sacrebleu_test(
     seed: int,
     resamples: int,
 ) -> tuple[Any, Any]:
-    """Signatures and results of sacreBLEU's `PairedTest`; `resamples` is how many intervals of `ar` rest on."""
+    """Signatures and results of sacreBLEU's `PairedTest`; `resamples` (above 0) is what intervals of `ar` rest on."""
     from numpy.random import SeedSequence
     from sacrebleu.significance import PairedTest
 
@@ -77,7 +77,7 @@ def sacrebleu_test(
             None,
             test_type=method,
             n_samples=n_samples,
-            n_ar_confidence=(resamples or -1) if method == "ar" else -1,
+            n_ar_confidence=resamples if method == "ar" else -1,
         )
         if seed == 0:
             test._seed = SeedSequence(0)  # PairedTest takes 0 for no seed; this draws the same and is not falsy
